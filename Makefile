@@ -1,0 +1,57 @@
+# Two commands are enough: `make quickstart` and `make test`. Both make .venv and install on the first call.
+#
+#   PYTHON=python3.12      the interpreter .venv is made from (3.11 or 3.12)
+#   PIP_FLAGS=...          passed to pip, e.g. an index with CPU-only torch wheels (see README, "Install")
+#   ARGS=...               passed to the command, e.g. make quickstart ARGS="--seed 1"
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
+PIP_FLAGS ?=
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install quickstart test check lint bench clean
+
+help:
+	@echo "make quickstart   install, then fine-tune and align a small GPT-2 (about 5 minutes on 2 cores)"
+	@echo "make test         install, then ruff, mypy and every test (under 20 minutes on 2 cores)"
+	@echo "make check        the quick part of it (under 2 minutes)"
+	@echo "make bench        timings against transformers' generate"
+	@echo "make install      only make .venv"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "raylign needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "== making .venv with $(PYTHON) and installing raylign (1 to 5 minutes, about 2 GB)"
+	$(PYTHON) -m venv .venv
+	@# torch first and pinned: asked for by range, pip would take the newest build and several GB of CUDA with it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	@echo "== raylign quickstart $(ARGS)"
+	$(BIN)/python -m pipeline quickstart $(ARGS)
+
+lint: $(STAMP)
+	@echo "== ruff and mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	@echo "== every test"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint
+	@echo "== quick tests"
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/generation.py $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,252 @@
+"""DeepSpeed, pinned: one class that trains a model under ZeRO 0-3 with sums instead of means and no silent defaults.
+
+What it adds to DeepSpeed: gradients are the SUM of every rank's loss gradient; a step happens on all ranks or on none; every
+default that changes numbers is written out and read back; nothing is compiled at start-up, so no C++ compiler is needed.
+
+What the stages are here (DeepSpeed 0.19.8). bfloat16 has float32 master weights at every stage, and from stage 1 on
+micro-batch gradients are also summed in float32 (at stage 0 DeepSpeed can only sum them in bfloat16: prefer 1 there).
+
+What was left out: DeepSpeed's schedulers, loss scaling, data loading, offloading and parallelism other than ZeRO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.config import LearnerConfig
+from actors.device import Compute, assigned_compute
+
+_BUCKET = 50_000_000  # elements of one collective
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """grad_norm: global 2-norm before clipping, 0 when skipped. skipped: the gradient was not finite on some rank, so no rank stepped."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class DeepSpeedEngine:
+    """One rank of a gang that trains `model`. Every method that communicates must be called by all ranks in the same order."""
+
+    def __init__(self, model: nn.Module, config: LearnerConfig, *, rank: int, ranks: int, address: str, port: int, timeout_s: float) -> None:
+        """Join the gang at address:port and shard the model. `timeout_s` bounds every collective, so a stopped peer raises here.
+
+        Raises AssertionError when DeepSpeed came up with other settings than asked for.
+        """
+        self.config = config
+        self.ranks = ranks
+        self.compute = assigned_compute(config.gpus)
+        self._model = model
+        timeout = timedelta(seconds=timeout_s)
+        with contextlib.redirect_stdout(sys.stderr):
+            deepspeed = _import_deepspeed(self.compute)
+            _join(deepspeed, self.compute, rank, ranks, address, port, timeout)
+            settings = _settings(config, ranks)
+            optimizer = _adamw(model, config)
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        self._gathered = deepspeed.zero.GatheredParameters
+        # bfloat16 at stage 0: DeepSpeed allocates AdamW's states by stepping once on zero gradients, which would leave the first real
+        # step with the bias correction of the second (three quarters of its size).
+        self._engine.basic_optimizer.state.clear()
+        _bound_collectives(timeout)
+        _assert_settings(self._engine, config, ranks)
+        self._finite = torch.ones((), dtype=torch.bool, device=self.compute.device)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._note_gradient)  # type: ignore[no-untyped-call]
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """The model's forward pass. With gradients on, a `backward` of what it returns must follow before the next one."""
+        return self._engine(*inputs, **options)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add this rank's share of the gradient; `last` marks the final micro-batch before `step`, the same one on all ranks."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages gradients over ranks. Losses here are shares of one global sum, so this is the one place that undoes it.
+        self._engine.backward(loss * self.ranks)
+
+    def step(self, learning_rate: float) -> StepReport:
+        """Clip and apply the accumulated gradient, or drop it on all ranks when it is not finite on any."""
+        if not self._finite_everywhere():
+            self._drop_gradients()
+            return StepReport(grad_norm=0.0, skipped=True)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        stage0_norm = self._stage0_norm()  # before stepping, which clips and clears
+        before = self._engine.skipped_steps
+        self._engine.step()
+        assert self._engine.skipped_steps == before, "DeepSpeed skipped a step whose gradients were finite"
+        norm = stage0_norm if stage0_norm is not None else float(self._engine.get_global_grad_norm())
+        return StepReport(grad_norm=norm, skipped=False)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(N,) on every rank to (ranks, N) on every rank."""
+        out = [torch.empty_like(values) for _ in range(self.ranks)]
+        torch.distributed.all_gather(out, values.contiguous())
+        return torch.stack(out)
+
+    @contextlib.contextmanager
+    def full_parameters(self) -> Iterator[None]:
+        """Inside, the model's parameters are whole on every rank, in the dtype the model computes in. All ranks enter together; read only."""
+        parameters = list(self._model.parameters()) if self.config.zero_stage == 3 else []
+        with self._gathered(parameters, enabled=bool(parameters)):
+            yield
+
+    # ---- finiteness ----
+
+    def _note_gradient(self, gradient: Tensor) -> None:
+        # One sum is non-finite if any element is; no device synchronisation here. It sees this micro-batch's own gradient at every
+        # stage, before DeepSpeed moves it into its buffers.
+        self._finite.logical_and_(torch.isfinite(gradient.detach().sum(dtype=torch.float32)))
+
+    def _finite_everywhere(self) -> bool:
+        flag = self._finite.to(torch.int32)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+        self._finite.fill_(True)
+        return bool(flag.item())
+
+    def _drop_gradients(self) -> None:
+        """Forget everything accumulated since the last step, as DeepSpeed's own overflow branches do stage by stage."""
+        self._engine.zero_grad()
+        if self._optimizer is not self._engine.basic_optimizer:
+            self._optimizer.zero_grad()
+        stage = self.config.zero_stage
+        if stage in (1, 2) and hasattr(self._optimizer, "averaged_gradients"):  # bfloat16 at stage 1 is BF16_Optimizer: cleared above
+            for group in self._optimizer.averaged_gradients:
+                self._optimizer.averaged_gradients[group] = None
+                self._optimizer.all_grad_tensors[group] = None
+            self._optimizer._release_preflattened_grad_buffers()
+            self._optimizer.micro_step_id = -1
+        if stage == 3:
+            self._optimizer.averaged_gradients = {}
+            self._optimizer._pre_step()
+            self._optimizer._partition_all_parameters()
+
+    def _stage0_norm(self) -> float | None:
+        if self.config.zero_stage > 0 or self.config.dtype == "bfloat16":
+            return None
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None]))
+
+
+def _import_deepspeed(compute: Compute) -> Any:
+    """To be called with stdout redirected to stderr: its log handler keeps the stream of its first import."""
+    os.environ["DS_ACCELERATOR"] = compute.accelerator
+    import deepspeed
+
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.* is deprecated")  # DeepSpeed's, not ours
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # The shared-memory collective would be compiled with g++ at the first init (25-45 s, and an error where there is no g++).
+    # It speeds up CPU ranks of one machine only and changes no bit; declared incompatible, DeepSpeed uses gloo throughout.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _join(deepspeed: Any, compute: Compute, rank: int, ranks: int, address: str, port: int, timeout: timedelta) -> None:
+    if deepspeed.comm.is_initialized():  # a second model in a process that already belongs to a gang
+        assert (deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()) == (rank, ranks), "one process belongs to one gang"
+        return
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0")
+    deepspeed.init_distributed(compute.backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def _bound_collectives(timeout: timedelta) -> None:
+    """DeepSpeed makes process groups of its own, which would wait for torch's default of 30 minutes."""
+    from torch.distributed import distributed_c10d as c10d
+
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timeout, group)
+
+
+def _adamw(model: nn.Module, config: LearnerConfig) -> torch.optim.Optimizer:
+    """AdamW of torch: DeepSpeed's own would be compiled. Matrices decay; biases and norms never do."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": trainable, "weight_decay": 0.0}]
+    if config.weight_decay > 0:
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, eps=config.adam_epsilon, fused=True)
+
+
+def _settings(config: LearnerConfig, ranks: int) -> dict[str, Any]:
+    bf16 = config.dtype == "bfloat16"
+    return {
+        "train_batch_size": ranks,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # boundaries are set by hand, and losses arrive weighted
+        "gradient_clipping": config.max_grad_norm,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 and config.zero_stage == 0 else "fp32"},
+        "fp16": {"enabled": False},
+        # Overflow is found by our own check, on every dtype and stage alike.
+        "bf16": {"enabled": bf16, "immediate_grad_update": False, "check_grad_overflow": False, "bf16_master_weights_and_grads": False},
+        "torch_autocast": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_scatter": True,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "round_robin_gradients": False,
+            "allgather_partitions": True,
+            "reduce_bucket_size": _BUCKET,
+            "allgather_bucket_size": _BUCKET,
+            "stage3_prefetch_bucket_size": _BUCKET,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "sub_group_size": 1_000_000_000,
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+    }
+
+
+def _assert_settings(engine: Any, config: LearnerConfig, ranks: int) -> None:
+    """DeepSpeed has changed defaults under its users before (clipping to 1.0 in 0.19.3): read back what decides the numbers."""
+    bf16 = config.dtype == "bfloat16"
+    expected = {
+        "zero_optimization_stage": config.zero_stage,
+        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": ranks,
+        "gradient_clipping": config.max_grad_norm,
+        "bfloat16_enabled": bf16,
+        "fp16_enabled": False,
+        "torch_autocast_enabled": False,
+        "postscale_gradients": True,
+        "gradient_predivide_factor": 1.0,
+        "zero_reduce_scatter": True,
+        "zero_overlap_comm": False,
+        "zero_contiguous_gradients": True,
+        "zero_round_robin_gradients": False,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_use_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+    }
+    found = {name: getattr(engine, name)() for name in expected}
+    assert found == expected, f"DeepSpeed runs with {found}, asked for {expected}"
+    assert engine.communication_data_type == torch.float32, f"gradients must be reduced in float32, got {engine.communication_data_type}"
+    assert engine.gradient_average, "gradients must be averaged over ranks, or backward() would scale them wrongly"
+    group = engine.optimizer.param_groups[0]
+    assert (tuple(group["betas"]), group["eps"]) == (tuple(config.betas), config.adam_epsilon), f"AdamW runs with {group['betas']}, {group['eps']}"

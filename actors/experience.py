@@ -1,0 +1,190 @@
+"""The tables that cross process boundaries: one declared Arrow schema a type, checked at construction.
+
+    Prompts --rollout--> Rollouts --reward----> Scores
+                            |-----reference---> TokenLogprobs
+                            |-----critic------> TokenValues
+                            `-----assemble----> Experience --learner--> new weights
+
+Sequences are ragged list columns: nothing is padded on the wire, a slice costs nothing and serialises only
+its own bytes, and a step's table is written to Parquet as it is. Every list column that speaks of tokens is
+aligned with `tokens`; entries where `action_mask` is false are zero (versions: -1) and mean nothing.
+
+What was left out: tensors and padding (see `ragged.py`); they exist only inside a model call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FINISH = ("stop", "length", "error")
+STATUS = ("ok", "timeout", "error")
+
+_ids = [("sample_id", pa.int64())]
+_tokens = [("tokens", pa.list_(pa.int32()))]
+_rollout = [
+    ("sample_id", pa.int64()),
+    ("group_id", pa.int64()),
+    ("tokens", pa.list_(pa.int32())),
+    ("action_mask", pa.list_(pa.bool_())),
+    ("logprobs", pa.list_(pa.float32())),
+    ("versions", pa.list_(pa.int32())),
+    ("turn_starts", pa.list_(pa.int32())),
+    ("option", pa.list_(pa.int16())),
+    ("option_logprobs", pa.list_(pa.float32())),
+    ("finish", pa.string()),
+    ("metadata", pa.string()),
+]
+
+
+def _required(fields: Sequence[tuple[str, pa.DataType]]) -> pa.Schema:
+    return pa.schema([pa.field(name, dtype, nullable=False) for name, dtype in fields])
+
+
+@dataclass(frozen=True, slots=True)
+class _Typed:
+    """A table known to have exactly the columns and types of `schema`, in that order, without nulls."""
+
+    table: pa.Table
+    schema: ClassVar[pa.Schema] = pa.schema([])
+
+    def __post_init__(self) -> None:
+        _check(type(self).__name__, self.table, type(self).schema)
+
+    @classmethod
+    def of(cls, columns: dict[str, object]) -> Self:
+        """Build from one Python or numpy sequence a column.
+
+        Raises ValueError naming the column that is missing, unknown, or does not fit its declared type.
+        """
+        _check_names(cls.__name__, list(columns), cls.schema)
+        arrays = []
+        for field in cls.schema:
+            value = columns[field.name]
+            try:
+                arrays.append(value if isinstance(value, (pa.Array, pa.ChunkedArray)) else pa.array(value, field.type))
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+                raise ValueError(f"{cls.__name__}.{field.name}: must be {field.type}, got values that do not fit: {error}") from error
+        return cls(pa.table(arrays, schema=cls.schema))
+
+    @classmethod
+    def concat(cls, parts: Sequence[Self]) -> Self:
+        """One table after the other, without copying; an empty list gives an empty table."""
+        return cls(pa.concat_tables([p.table for p in parts]) if parts else cls.schema.empty_table())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read back what `write` wrote. Raises ValueError naming the column if the file has another schema."""
+        table = pq.read_table(path, partitioning=None)
+        _check_names(f"{path}: {cls.__name__}", table.column_names, cls.schema)
+        return cls(table.cast(cls.schema))
+
+    def write(self, path: Path) -> None:
+        """Write one Parquet file (zstd), making its folder."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(self.table, path, compression="zstd")
+
+    def slice(self, start: int, length: int | None = None) -> Self:
+        """Rows [start, start + length) as a view: no copy, and only these rows are serialised."""
+        return type(self)(self.table.slice(start, length))
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+
+def _check_names(owner: str, names: Sequence[str], schema: pa.Schema) -> None:
+    missing = [n for n in schema.names if n not in names]
+    unknown = [n for n in names if n not in schema.names]
+    if missing or unknown:
+        raise ValueError(f"{owner}: column {(missing + unknown)[0]!r} is {'missing' if missing else 'not declared'}; it must have {schema.names}, got {list(names)}")
+
+
+def _check(owner: str, table: pa.Table, schema: pa.Schema) -> None:
+    _check_names(owner, table.column_names, schema)
+    for field in schema:
+        column = table.column(field.name)
+        if column.type != field.type:
+            raise ValueError(f"{owner}.{field.name}: must be {field.type}, got {column.type}")
+        if column.null_count:
+            raise ValueError(f"{owner}.{field.name}: must have no nulls, got {column.null_count}; a value that is not there is a status, not a null")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts(_Typed):
+    """One row a group: the prompt that its `group_size` samples share.
+
+    group_id: c, the c-th prompt drawn in the run; sample k of it is `c * group_size + k`.
+    tokens:   the prompt's token ids.
+    metadata: JSON object of the prompt's row, handed to reward functions.
+    """
+
+    schema: ClassVar[pa.Schema] = _required([("group_id", pa.int64()), *_tokens, ("metadata", pa.string())])
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts(_Typed):
+    """Prompt and sampled tokens, with the log-probs they were sampled with. Example of one row:
+
+    tokens       [11, 12, 13, 40, 41, 2]     prompt of 3, then 3 sampled tokens
+    action_mask  [ 0,  0,  0,  1,  1, 1]
+    logprobs     [ 0,  0,  0, -1.2, -.3, -.1]   log pi(tokens[t] | tokens[:t]), at the sampling temperature
+    versions     [-1, -1, -1,  7,  7, 7]     weights that produced each token
+    turn_starts  [3]                         index of each turn's first action token
+    option, option_logprobs                  one per turn in hierarchical runs, else empty
+    finish       stop | length | error
+    """
+
+    schema: ClassVar[pa.Schema] = _required(_rollout)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores(_Typed):
+    """Reward of each rollout. Only a row whose status is `ok` has a reward; a failure is never a zero.
+
+    turn_rewards: one per turn, or empty where the reward speaks of the whole. detail: what went wrong, or "".
+    """
+
+    schema: ClassVar[pa.Schema] = _required(
+        [*_ids, ("reward", pa.float32()), ("turn_rewards", pa.list_(pa.float32())), ("status", pa.string()), ("detail", pa.string())]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs(_Typed):
+    """Log-probs of a rollout's tokens under another model (reference, or the learner's own), aligned with tokens."""
+
+    schema: ClassVar[pa.Schema] = _required([*_ids, ("logprobs", pa.list_(pa.float32()))])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenValues(_Typed):
+    """values[t] = V(tokens[:t]), the critic's value of the state in which tokens[t] was chosen, aligned with tokens."""
+
+    schema: ClassVar[pa.Schema] = _required([*_ids, ("values", pa.list_(pa.float32()))])
+
+
+@dataclass(frozen=True, slots=True)
+class Experience(_Typed):
+    """A rollout made ready to train on. Every list column is aligned with tokens.
+
+    proximal_logprobs: log-probs under the learner's policy before its first update of the step (the ratio's denominator).
+    reference_logprobs, values: zero where the algorithm needs no reference or no critic.
+    """
+
+    schema: ClassVar[pa.Schema] = _required(
+        [
+            *_rollout,
+            ("reward", pa.float32()),
+            ("turn_rewards", pa.list_(pa.float32())),
+            ("proximal_logprobs", pa.list_(pa.float32())),
+            ("reference_logprobs", pa.list_(pa.float32())),
+            ("values", pa.list_(pa.float32())),
+            ("advantages", pa.list_(pa.float32())),
+            ("returns", pa.list_(pa.float32())),
+        ]
+    )

@@ -1,0 +1,95 @@
+"""Choosing the next token: temperature, top-k, top-p, then inverse-CDF with one uniform number a token.
+
+Shapes: B rows, V vocabulary, N blocks of `BLOCK` words.
+
+One uniform a token, drawn from a counter-based generator keyed by (seed, sample_id), is what makes a sample's randomness
+independent of slot, worker and neighbours. Inverse-CDF needs a running sum over the vocabulary: sums of blocks first, then the
+running sum inside the one block that was hit. That reads the row twice and keeps float32 rounding to 256 terms.
+
+What was left out: masking ids the tokenizer does not know (a vocabulary padded beyond it). The learner recomputes log-probs with
+the full softmax, so they stay possible; such an id decodes to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from actors.config import SamplingConfig
+
+BLOCK = 256
+
+
+def uniforms(seed: int, sample_id: int, count: int) -> npt.NDArray[np.float64]:
+    """The sample's random numbers in [0, 1), (count,); a longer request begins with the same numbers (Philox, Salmon et al. 2011)."""
+    key = np.array([seed % 2**64, sample_id % 2**64], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Draw one token a row: (tokens (B,) int64, log-probs (B,) float32 under the distribution drawn from).
+
+    logits: (B, V) float32. uniform: (B,) float64 in [0, 1). Temperature 0 takes the likeliest token and reports its log-prob under
+    the untempered softmax. A row whose logits are not finite gets a log-prob that is not finite.
+    """
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    return _inverse_cdf(logits, uniform)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Minus infinity at all but the k largest logits of each row; ties with the k-th stay."""
+    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[:, -1:], -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Minus infinity outside the smallest set of likeliest tokens whose probability reaches p (Holtzman et al. 2020); ties stay.
+
+    Only as much of each row is sorted as it takes to reach p.
+    """
+    log_z = torch.logsumexp(logits.double(), -1, keepdim=True)
+    vocabulary, width = logits.shape[-1], min(BLOCK, logits.shape[-1])
+    while True:
+        top = logits.topk(width, dim=-1).values  # (B, width), descending
+        reached = (top.double() - log_z).exp().cumsum(-1)
+        if width == vocabulary or bool((reached[:, -1] >= p).all()):
+            break
+        width = min(8 * width, vocabulary)
+    last = (reached < p).sum(-1, keepdim=True).clamp(max=width - 1)  # the token that carries the sum to p belongs to the set
+    return logits.masked_fill(logits < top.gather(-1, last), -torch.inf)
+
+
+def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which the running sum of probabilities first exceeds the uniform number; so never one of probability zero."""
+    rows, vocabulary = logits.shape
+    blocks = -(-vocabulary // BLOCK)
+    peak = logits.amax(-1, keepdim=True)
+    weights = logits.new_zeros(rows, blocks * BLOCK)
+    torch.sub(logits, peak, out=weights[:, :vocabulary]).exp_()
+    weights = weights.view(rows, blocks, BLOCK)
+    sums = weights.sum(-1).double().cumsum(-1)  # (B, N)
+    total = sums[:, -1]
+    target = uniform * total
+    block = (sums <= target[:, None]).sum(-1).clamp(max=blocks - 1)  # (B,)
+    block = torch.where(target < total, block, (sums < total[:, None]).sum(-1))  # uniform * total may round up to total
+
+    inside = weights[torch.arange(rows, device=logits.device), block].double().cumsum(-1)  # (B, BLOCK)
+    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)[:, None]).squeeze(-1), 0.0)
+    # The block's float32 sum and its running sum may differ in the last bit: stay below the latter, which a token then exceeds.
+    target = torch.minimum(target - before, torch.nextafter(inside[:, -1], inside.new_zeros(())))
+    tokens = block * BLOCK + (inside <= target[:, None]).sum(-1)
+    tokens = tokens.clamp(max=vocabulary - 1)  # only rows of not-a-number get here
+    chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, (chosen - peak.squeeze(-1) - total.log()).float()

@@ -1,0 +1,168 @@
+"""The models of the learners and the reference: a Hugging Face causal LM, seen as what RLHF needs of it.
+
+Shapes: B rows, T tokens, N chosen positions over the whole micro-batch, D width, V vocabulary.
+Rows are right-padded, so causal attention keeps real tokens from ever seeing padding and no mask is needed.
+Only action tokens go through the output head: there is no loss at a prompt or padding token that a mask would
+have to remove, hence no NaN * 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenInputs:
+    """A micro-batch as the model takes it.
+
+    Token `targets[n]` was chosen in the state that ends at flat position `states[n]` of the (B, T) grid, one before the token's own.
+    """
+
+    input_ids: Tensor  # (B, T) int64, right-padded
+    states: Tensor  # (N,) int64 into B * T
+    targets: Tensor  # (N,) int64
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer saved beside the model. Raises ValueError when there is none, or it has no end-of-text token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path: must be a folder or hub name with a tokenizer, got {path!r}: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.path: the tokenizer of {path!r} must have an end-of-text token; set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_causal_lm(path: str, dtype: torch.dtype, *, untie_head: bool = False, attention: str = "sdpa") -> PreTrainedModel:
+    """A causal LM from a local folder or the hub, in eval mode with dropout off (Huang et al. 2023, detail 2).
+
+    untie_head: give the output head a weight of its own, so that it can be trained while the embeddings stay frozen.
+    Raises ValueError naming the path when nothing can be loaded from it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _quiet_transformers()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path: must be a folder or hub name of a causal language model, got {path!r}: {_first_line(error)}") from error
+    if untie_head and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def new_gpt2(tokenizer: Any, *, layers: int, width: int, heads: int, context: int, seed: int) -> PreTrainedModel:
+    """A GPT-2 of that shape with random weights, dropout off, and a vocabulary as large as the tokenizer's, rounded up to a multiple of 64."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        n_positions=context,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config).eval()  # type: ignore[no-untyped-call, no-any-return]
+
+
+class PolicyModel(nn.Module):
+    """The policy: log-probs of chosen tokens and the entropy of the distributions they were chosen from."""
+
+    def __init__(self, causal_lm: PreTrainedModel, temperature: float) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.temperature = temperature
+
+    def forward(self, batch: TokenInputs, *, entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """(log-probs (N,), entropy (N,)), both float32, both at the sampling temperature (Huang et al. 2023, detail 3).
+
+        entropy: compute it, without a gradient; else it comes back empty.
+        """
+        logits = self.head(trunk_states(self.causal_lm, batch)).float()  # (N, V)
+        if self.temperature not in (0.0, 1.0):
+            logits = logits / self.temperature
+        log_z = torch.logsumexp(logits, dim=-1)  # (N,)
+        logprobs = logits.gather(-1, batch.targets[:, None]).squeeze(-1) - log_z
+        if not entropy:
+            return logprobs, logprobs.new_empty(0)
+        with torch.no_grad():
+            return logprobs, log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.causal_lm.get_output_embeddings()  # type: ignore[no-any-return, no-untyped-call]
+
+
+class ValueModel(nn.Module):
+    """The critic: a trunk of its own and one linear head, zero at the start (Huang et al. 2023, detail 8)."""
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        embeddings: Any = causal_lm.get_input_embeddings()
+        width = embeddings.weight.shape[1]
+        self.trunk = causal_lm.base_model
+        self.value_head = nn.Linear(width, 1, dtype=next(causal_lm.parameters()).dtype)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.value_head
+
+    def forward(self, batch: TokenInputs) -> Tensor:
+        """Values of the states in which the targets were chosen, (N,) float32."""
+        hidden = self.trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+        return self.value_head(hidden.reshape(-1, hidden.shape[-1])[batch.states]).squeeze(-1).float()  # type: ignore[no-any-return]
+
+
+def trunk_states(causal_lm: PreTrainedModel, batch: TokenInputs) -> Tensor:
+    """Final hidden states at the chosen positions, (N, D)."""
+    hidden = causal_lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+    return hidden.reshape(-1, hidden.shape[-1])[batch.states]  # type: ignore[no-any-return]
+
+
+def save_causal_lm(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write safetensors, config and tokenizer as `from_pretrained` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Copies: a sharded learner's parameters are views of one flat storage, which safetensors would take for tied weights.
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: t for name, t in model.state_dict().items() if name in dict(model.named_buffers())}
+    model.save_pretrained(folder, state_dict=parameters | buffers)
+    tokenizer.save_pretrained(folder)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,43 @@
+"""What a learner asks of an algorithm: a per-token loss. The pipeline's algorithms implement these protocols.
+
+N: action tokens of a micro-batch, laid flat; `row[n]` is the rollout token n belongs to. There is no padding and so
+no mask. The learner weighs each token by the global normaliser, so an objective never averages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionTokens:
+    """The experience columns at the action tokens of a micro-batch, each (N,) float32."""
+
+    row: Tensor  # (N,) int64 in [0, rows)
+    rows: int
+    logprobs: Tensor  # as sampled
+    proximal_logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+class PolicyObjective(Protocol):
+    """Minimised by the policy learner."""
+
+    def policy_loss(self, logprobs: Tensor, entropy: Tensor, batch: ActionTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each token (N,), and statistics (N,) to be averaged over all action tokens."""
+        ...
+
+
+class ValueObjective(Protocol):
+    """Minimised by the critic learner."""
+
+    def value_loss(self, values: Tensor, batch: ActionTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each token (N,), and statistics (N,) to be averaged over all action tokens."""
+        ...

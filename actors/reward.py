@@ -1,0 +1,255 @@
+"""The reward actor: rollouts in, a score and a status for each of them out.
+
+A reward comes from a Python function named by import path, or from a Hugging Face sequence classifier; both are one
+`RewardFunction`. Reward code is a user's and does go wrong, so every failure ends as a status of the one sample that
+caused it: never as a zero that would be trained on, and never at the cost of its neighbours.
+
+Left out: caching, and a retry of a function that failed by chance. The pool re-issues a chunk whose worker was lost.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from actors import ragged
+from actors.experience import Rollouts, Scores
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from actors.config import RewardConfig
+
+MAX_DETAIL = 200  # characters of a failure's reason that are kept
+Score = tuple[float, str, str]  # reward, status, detail
+
+
+class RewardFunction(Protocol):
+    """What a user writes: one finite number for each response; higher is better. Example, in `my_rewards.py`:
+
+        def politeness(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+            return [float("please" in response.lower()) for response in responses]
+
+    which a recipe names as `function = "my_rewards:politeness"`.
+
+    prompts:   text before the first action token, special tokens (such as role markers) included.
+    responses: text of the action tokens, special tokens left out.
+    metadata:  what the task said of each prompt.
+
+    It must judge each sample by itself: it is called on batches, and again on single samples when a batch fails.
+    """
+
+    def __call__(self, prompts: list[str], responses: list[str], metadata: list[dict[str, Any]], /) -> Sequence[float]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardReport:
+    """What the driver learns of a scored chunk: scalars and the failed samples; the scores themselves stay in the table."""
+
+    chunk: int
+    attempt: int
+    samples: int
+    ok: int
+    failed: int
+    mean: float  # over the samples that are ok; nan when there are none
+    seconds: float
+    failures: dict[int, str]  # sample_id -> "timeout: ..." or "error: ..."
+
+
+class RewardWorker:
+    """Scores chunks of rollouts. Holds nothing between calls but the tokenizer and the reward function."""
+
+    def __init__(self, *, config: RewardConfig, tokenizer_path: str) -> None:
+        from actors.model import load_tokenizer
+
+        self.config = config
+        self.tokenizer = load_tokenizer(tokenizer_path)
+        self.function = load_reward(config)
+
+    def score(self, rollouts: pa.Table, chunk: int, attempt: int) -> tuple[RewardReport, pa.Table]:
+        """A `Rollouts` table to a report and the `Scores` table, row by row in the same order.
+
+        The reward of a row whose status is not `ok` is NaN: nothing can take it for a number. A rollout that
+        failed itself (finish `error`) is an `error` here and never reaches the function.
+        """
+        started = time.monotonic()
+        table = Rollouts(rollouts).table
+        prompts, responses = self._texts(table)
+        metadata = [json.loads(text) for text in table["metadata"].to_pylist()]
+        scores: list[Score] = [(math.nan, "error", "rollout: generation failed")] * table.num_rows
+        rows = [row for row, finish in enumerate(table["finish"].to_pylist()) if finish != "error"]
+        for start in range(0, len(rows), self.config.batch_size):
+            batch = rows[start : start + self.config.batch_size]
+            answers = self._call([prompts[row] for row in batch], [responses[row] for row in batch], [metadata[row] for row in batch])
+            for row, answer in zip(batch, answers, strict=True):
+                scores[row] = answer
+        return _results(table["sample_id"].to_pylist(), scores, chunk=chunk, attempt=attempt, started=started)
+
+    def _call(self, prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[Score]:
+        """One score a sample. A batch that fails is called again sample by sample, so a failure is charged to its cause alone."""
+        try:
+            with _time_limit(self.config.timeout_s):
+                rewards = _checked(self.function(prompts, responses, metadata), len(prompts))
+            return [(float(reward), "ok", "") for reward in rewards]
+        except _OutOfTimeError:
+            failed: Score = (math.nan, "timeout", f"took longer than reward.timeout_s = {self.config.timeout_s:g} s")
+        except Exception as error:  # a user's code may raise anything; it becomes this sample's status
+            failed = (math.nan, "error", f"{type(error).__name__}: {error}".strip().splitlines()[0][:MAX_DETAIL])
+        if len(prompts) == 1:
+            return [failed]
+        samples = zip(prompts, responses, metadata, strict=True)
+        return [self._call([prompt], [response], [row])[0] for prompt, response, row in samples]
+
+    def _texts(self, table: pa.Table) -> tuple[list[str], list[str]]:
+        """Prompts and responses as text. A rollout's later environment turns belong to neither."""
+        tokens, offsets = ragged.flat(table["tokens"])
+        actions, _ = ragged.flat(table["action_mask"])
+        prompts, responses = [], []
+        for start, end in pairwise(offsets):
+            row, chosen = tokens[start:end], actions[start:end]
+            first = int(chosen.argmax()) if chosen.any() else len(row)
+            prompts.append(self._decode(row[:first], skip_special=False))
+            responses.append(self._decode(row[chosen], skip_special=True))
+        return prompts, responses
+
+    def _decode(self, ids: ragged.Array, *, skip_special: bool) -> str:
+        # Embeddings are often padded beyond the tokenizer's vocabulary, so such an id can be sampled; it stands for no text.
+        known = ids[(ids >= 0) & (ids < len(self.tokenizer))].tolist()
+        return str(self.tokenizer.decode(known, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
+
+
+class ClassifierReward:
+    """A `RewardFunction` that is a Hugging Face sequence classifier with one output, read by its own tokenizer.
+
+    The text is prompt + response; one that is too long loses its beginning, for the end is what is judged.
+    """
+
+    def __init__(self, path: str, device: str = "cpu") -> None:
+        """Raises ValueError naming the path when it holds no classifier with one label, or no tokenizer."""
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        from actors.model import load_tokenizer
+
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"reward.model: must be a folder or hub name of a sequence classifier, got {path!r}: {error}") from error
+        if model.config.num_labels != 1:
+            raise ValueError(f"reward.model: must have one output, got {model.config.num_labels} labels in {path!r}; train it with num_labels=1")
+        self.tokenizer = load_tokenizer(path)
+        self.tokenizer.padding_side, self.tokenizer.truncation_side = "right", "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # the classifier reads the last token that is not this one
+        self.model = model.to(device).eval()
+
+    def __call__(self, prompts: list[str], responses: list[str], metadata: list[dict[str, Any]], /) -> list[float]:
+        """The classifier's logit of each text."""
+        import torch
+
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=limit is not None, max_length=limit).to(self.model.device)
+        with torch.inference_mode():
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, 1)
+        return [float(logit) for logit in logits[:, 0]]
+
+
+def load_reward(config: RewardConfig) -> RewardFunction:
+    """The function or classifier a configuration names. Raises ValueError when it names neither or both."""
+    if bool(config.function) == bool(config.model):
+        given = "both" if config.function else "neither"
+        raise ValueError(f"reward: must name a function or a model, got {given}; set one of reward.function and reward.model")
+    if config.model:
+        return ClassifierReward(config.model, device="cuda" if config.gpus else "cpu")
+    return load_function(config.function)
+
+
+def load_function(path: str, field: str = "reward.function") -> Callable[..., Any]:
+    """What `package.module:name` names. Needs neither Ray nor torch, so a recipe is checked before anything starts.
+
+    Raises ValueError naming the field when it cannot be imported, or is not callable.
+    """
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(f"{field}: must be package.module:name, got {path!r}; name a callable by its import path")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{field}: must be importable, got {path!r}: {error}; put the module on PYTHONPATH or in the working directory") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        problem = "no such name in the module" if found is None else f"a {type(found).__name__}"
+        raise ValueError(f"{field}: must be callable, got {path!r}: {problem}; define it in {module.__file__}")
+    return found  # type: ignore[no-any-return]
+
+
+class _OutOfTimeError(BaseException):
+    """The alarm. Not an `Exception`, so that a reward function's own `except Exception` does not swallow it."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise _OutOfTimeError in the block after `seconds`.
+
+    Python delivers signals to the main thread alone, where Ray runs the methods of an ordinary actor. In any other thread,
+    and inside foreign code that never returns to the interpreter, only the pool's deadline ends the call.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(signum: int, frame: object) -> None:
+        raise _OutOfTimeError
+
+    started = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, expire)
+    previous, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if previous:  # somebody else's alarm, as a test runner sets: it goes on where it was
+            signal.setitimer(signal.ITIMER_REAL, max(previous - (time.monotonic() - started), 1e-3))
+
+
+def _checked(values: Sequence[float], count: int) -> ragged.Array:
+    """The rewards as (count,) float32. Raises ValueError for another number of them, or one that is not finite."""
+    rewards = np.asarray(values, dtype=np.float64)
+    if rewards.shape != (count,):
+        raise ValueError(f"must return one number a response, shape ({count},), got shape {rewards.shape}")
+    finite = np.abs(rewards) <= np.finfo(np.float32).max  # false for NaN too
+    if not finite.all():
+        raise ValueError(f"must return finite numbers, got {rewards[~finite][0]}")
+    return rewards.astype(np.float32)
+
+
+def _results(sample_ids: list[int], scores: list[Score], *, chunk: int, attempt: int, started: float) -> tuple[RewardReport, pa.Table]:
+    rewards, statuses, details = [list(column) for column in zip(*scores, strict=True)] or ([], [], [])
+    ok = [reward for reward, status, _ in scores if status == "ok"]
+    failures = {sample: f"{status}: {detail}" for sample, (_, status, detail) in zip(sample_ids, scores, strict=True) if status != "ok"}
+    report = RewardReport(
+        chunk=chunk,
+        attempt=attempt,
+        samples=len(scores),
+        ok=len(ok),
+        failed=len(failures),
+        mean=float(np.mean(ok)) if ok else math.nan,
+        seconds=time.monotonic() - started,
+        failures=failures,
+    )
+    columns: dict[str, object] = {"sample_id": sample_ids, "reward": rewards, "turn_rewards": [[] for _ in scores], "status": statuses, "detail": details}
+    return report, Scores.of(columns).table

@@ -1,0 +1,132 @@
+"""A published version of the policy's weights: a few flat buckets of bytes and a manifest that says what is in them.
+
+Buckets are plain numpy arrays, so they go through Ray's object store without a copy on either side; what a receiver
+gets is read-only shared memory. A checksum over everything says whether two processes hold the same weights.
+
+What was left out: deltas, sharded publication and compression. One version is one contiguous copy of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from actors.config import Dtype
+from actors.device import torch_dtype
+
+Bucket = npt.NDArray[np.uint8]
+
+BUCKET_BYTES = 256 * 1024 * 1024
+_ALIGN = 64  # bytes; every tensor starts on a cache line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What lies where. Tied parameters appear once, under the name `named_parameters()` gives them.
+
+    offsets:  of each tensor, (bucket, first byte).
+    checksum: xxh3-128, hexadecimal, over names, shapes, dtype, offsets and every byte of every bucket.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: Dtype
+    offsets: tuple[tuple[int, int], ...]
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """One version of a model's weights."""
+
+    version: int
+    manifest: Manifest
+    buckets: list[Bucket]
+
+    @property
+    def checksum(self) -> str:
+        return self.manifest.checksum
+
+    def verify(self) -> None:
+        """Raises ValueError when the bytes are not those that were packed."""
+        m = self.manifest
+        found = _checksum(m.names, m.shapes, m.dtype, m.offsets, self.buckets)
+        if found != m.checksum:
+            raise ValueError(f"weights: version {self.version} must have checksum {m.checksum}, got {found}; it was damaged on the way, publish it again")
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, read-only view into the buckets) of every parameter, unverified. The views keep the buckets alive; never write to them."""
+        dtype = torch_dtype(self.manifest.dtype)
+        with warnings.catch_warnings():
+            # torch cannot mark a tensor read-only and warns of memory that is; these views are only ever copied from.
+            warnings.simplefilter("ignore", UserWarning)
+            flat = [torch.from_numpy(bucket) for bucket in self.buckets]
+        for name, shape, (bucket, start) in zip(self.manifest.names, self.manifest.shapes, self.manifest.offsets, strict=True):
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            yield name, flat[bucket][start : start + size].view(dtype).view(shape)
+
+    def load_into(self, model: nn.Module) -> None:
+        """Verify, then copy every parameter in place, converting to the model's dtype and device.
+
+        Raises ValueError on a wrong checksum, or naming the parameter that is unknown, missing, or of another shape;
+        the model is then untouched.
+        """
+        self.verify()
+        own = dict(model.named_parameters())
+        named = dict(self.tensors())
+        missing, unknown = [n for n in own if n not in named], [n for n in named if n not in own]
+        if missing or unknown:
+            kind = "missing from the published version" if missing else "unknown to the model"
+            raise ValueError(f"weights: version {self.version} must hold the model's {len(own)} parameters, {(missing or unknown)[0]!r} is {kind}")
+        for name, tensor in named.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"weights: {name!r} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
+        with torch.no_grad():
+            for name, tensor in named.items():
+                own[name].copy_(tensor)
+
+
+def pack(named_tensors: Iterable[tuple[str, Tensor]], dtype: Dtype, version: int) -> Weights:
+    """Copy the tensors once, converted to `dtype`, into flat buckets of about BUCKET_BYTES (a larger tensor gets a bucket of its own)."""
+    target = torch_dtype(dtype)
+    named = list(named_tensors)
+    offsets, sizes = _layout([tensor.numel() * target.itemsize for _, tensor in named])
+    # Zeroed, not empty: alignment gaps are part of the checksum.
+    buckets = [np.zeros(size, np.uint8) for size in sizes]
+    flat = [torch.from_numpy(bucket) for bucket in buckets]
+    for (_, tensor), (bucket, start) in zip(named, offsets, strict=True):
+        flat[bucket][start : start + tensor.numel() * target.itemsize].view(target).copy_(tensor.detach().reshape(-1))
+    names = tuple(name for name, _ in named)
+    shapes = tuple(tuple(tensor.shape) for _, tensor in named)
+    checksum = _checksum(names, shapes, dtype, offsets, buckets)
+    return Weights(version=version, manifest=Manifest(names=names, shapes=shapes, dtype=dtype, offsets=offsets, checksum=checksum), buckets=buckets)
+
+
+def _layout(sizes: list[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
+    """Where each tensor of that many bytes goes, (bucket, first byte), and the size of each bucket."""
+    offsets: list[tuple[int, int]] = []
+    buckets: list[int] = []
+    for size in sizes:
+        padded = -(-size // _ALIGN) * _ALIGN
+        if not buckets or (buckets[-1] and buckets[-1] + padded > BUCKET_BYTES):
+            buckets.append(0)
+        offsets.append((len(buckets) - 1, buckets[-1]))
+        buckets[-1] += padded
+    return tuple(offsets), buckets
+
+
+def _checksum(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], dtype: Dtype, offsets: tuple[tuple[int, int], ...], buckets: list[Bucket]) -> str:
+    digest = xxhash.xxh3_128(json.dumps([names, shapes, dtype, offsets]).encode())
+    for bucket in buckets:
+        data: Any = bucket  # the buffer protocol; xxhash's stub names bytes only
+        digest.update(data)
+    return digest.hexdigest()

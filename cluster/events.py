@@ -1,0 +1,135 @@
+"""The driver's event pump: one thread that waits for all running calls at once and hands each answer to whoever asked.
+
+Consumes: references of running calls. Waits for: the first answer, the nearest deadline, the next tick. Unblocked by: any of these.
+Left out: threads and asyncio. A callback runs to its end, and what it raises comes out of `run_until`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.faults import Expired, RunError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_LONGEST_WAIT_S = 0.5  # Python serves signals only between two waits
+_FETCH_TIMEOUT_S = 60.0  # of an answer that has arrived; longer means that it went down with its node
+
+
+@dataclass(slots=True, kw_only=True)
+class _Watched:
+    who: str
+    phase: str
+    timeout_s: float
+    deadline: float
+    on_done: Callable[[Any], None]
+    on_error: Callable[[BaseException], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tick:
+    call: Callable[[], None]
+    every_s: float
+    due: float
+
+
+class Pump:
+    """Watches references of running calls and calls back, one answer at a time."""
+
+    def __init__(self) -> None:
+        self._watched: dict[ObjectRef[Any], _Watched] = {}
+        self._ticks: list[_Tick] = []
+
+    def watch(
+        self,
+        ref: ObjectRef[Any],
+        *,
+        who: str,
+        phase: str,
+        timeout_s: float,
+        on_done: Callable[[Any], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        """Call `on_done(value)` or `on_error(exception)` once, from within `run_until`. The value is fetched into the driver: keep it small.
+
+        Past the deadline `on_error` is given an Expired, and whatever the call still answers is ignored.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._watched[ref] = _Watched(who=who, phase=phase, timeout_s=timeout_s, deadline=deadline, on_done=on_done, on_error=on_error)
+
+    def forget(self, ref: ObjectRef[Any]) -> None:
+        """Ignore whatever `ref` answers from now on."""
+        self._watched.pop(ref, None)
+
+    def add_tick(self, call: Callable[[], None], every_s: float) -> None:
+        """Also call `call` about every `every_s` seconds for as long as anything is waited for."""
+        self._ticks.append(_Tick(call=call, every_s=every_s, due=time.monotonic() + every_s))
+
+    def run_until(self, condition: Callable[[], bool], *, timeout_s: float, waiting_for: str) -> None:
+        """Serve events until `condition()` holds.
+
+        Raises RunError when it does not hold within `timeout_s`, or when no call is running that could ever make it hold.
+        """
+        until = time.monotonic() + timeout_s
+        while not condition():
+            if not self._watched:
+                raise RunError("driver", waiting_for, "nothing is running that it could wait for", "This is a defect of the program, not of the settings.")
+            if time.monotonic() >= until:
+                raise RunError("driver", waiting_for, f"not done within {timeout_s:g} s, still waiting for {self._names()}")
+            self._serve(until)
+
+    def _serve(self, until: float) -> None:
+        """Wait for the next event, at most to `until`, and serve it."""
+        import ray
+
+        now = time.monotonic()
+        nearest = min((watched.deadline for watched in self._watched.values()), default=until)
+        due = min((tick.due for tick in self._ticks), default=until)
+        wait_s = max(0.0, min(until, nearest, due, now + _LONGEST_WAIT_S) - now)
+        ready, _ = ray.wait(list(self._watched), num_returns=1, timeout=wait_s)
+        for ref in ready:
+            self._answer(ref)
+        now = time.monotonic()
+        if now >= nearest:
+            self._expire(now)
+        if now >= due:
+            self._tick(now)
+
+    def _answer(self, ref: ObjectRef[Any]) -> None:
+        import ray
+
+        watched = self._watched.pop(ref)
+        try:
+            value = ray.get(ref, timeout=_FETCH_TIMEOUT_S)
+        except ray.exceptions.RayError as error:  # whatever the worker raised, too; its owner decides what it means
+            watched.on_error(error)
+        else:
+            watched.on_done(value)
+
+    def _expire(self, now: float) -> None:
+        import ray
+
+        late = [ref for ref, watched in self._watched.items() if watched.deadline <= now]
+        arrived, _ = ray.wait(late, num_returns=len(late), timeout=0) if late else ([], [])  # in time, while the driver did something else
+        for ref in late:
+            if ref not in self._watched:  # a callback before it has forgotten it
+                continue
+            if ref in arrived:
+                self._answer(ref)
+            else:
+                watched = self._watched.pop(ref)
+                watched.on_error(Expired(watched.who, watched.phase, watched.timeout_s))
+
+    def _tick(self, now: float) -> None:
+        for tick in self._ticks:
+            if tick.due <= now:
+                tick.due = now + tick.every_s
+                tick.call()
+
+    def _names(self) -> str:
+        names = [f"{watched.who} ('{watched.phase}')" for watched in self._watched.values()]
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

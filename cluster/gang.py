@@ -1,0 +1,147 @@
+"""A gang: ranks that live and die together, such as the processes that train one model.
+
+A collective operation needs every rank, so one lost rank spoils the call for all, and the gang is rebuilt as a whole by its owner.
+Left out: the collectives themselves; a rank's `connect(address, port)` sets up whatever it uses.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import ClusterConfig
+from cluster.events import Pump
+from cluster.faults import Fault, RunError, classify, last_lines
+from cluster.handshake import Fingerprint, compare
+from cluster.spawn import WorkerInfo
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_GRACE_S = 2.0  # after a first error: the rank that caused it may report later than the peers it tore down
+_OF_A_PEER = re.compile(r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket|gloo|nccl|processgroup|timed out", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    rank: int
+    fault: Fault
+    error: BaseException
+
+    @property
+    def remoteness(self) -> int:
+        """How far from the root cause it probably is: a rank's own error, a lost process, silence, an error about the connection to a peer."""
+        if self.fault is Fault.USER_ERROR:
+            return 3 if _OF_A_PEER.search(last_lines(self.error, 2)) else 0
+        return {Fault.INPUT_LOST: 0, Fault.WORKER_LOST: 1, Fault.EXPIRED: 2}[self.fault]
+
+
+class Ticket:
+    """One call to all ranks of a gang, running or done."""
+
+    def __init__(self, role: str, phase: str, pump: Pump, sent: Sequence[tuple[ObjectRef[Any], ...]], timeout_s: float) -> None:
+        self._role = role
+        self.phase = phase
+        self._pump = pump
+        self._sent = sent  # per rank: the report, then data
+        self._reports: dict[int, Any] = {}
+        self._failures: list[_Failure] = []
+        self._failed_at = 0.0
+        for rank, (report, *_) in enumerate(sent):
+            self._watch(rank, report, timeout_s)
+
+    @property
+    def done(self) -> bool:
+        """Every rank has answered, or one has failed and the others have had their moment to say why."""
+        if len(self._reports) + len(self._failures) == len(self._sent):
+            return True
+        return bool(self._failures) and time.monotonic() > self._failed_at + _GRACE_S
+
+    def results(self) -> list[Any]:
+        """The reports in the order of ranks. Raises RunError naming the rank that most likely caused a failure, with `fault` set."""
+        assert self.done, f"{self._role} '{self.phase}' is still running"
+        if not self._failures:
+            return [self._reports[rank] for rank in range(len(self._sent))]
+        for report, *_ in self._sent:
+            self._pump.forget(report)
+        failure = min(self._failures, key=lambda failure: (failure.remoteness, failure.rank))
+        who = f"{self._role}[{failure.rank}]"
+        raise RunError(who, self.phase, f"{failure.fault.value}:\n{last_lines(failure.error)}\n", fault=failure.fault) from failure.error
+
+    def refs(self, rank: int) -> tuple[ObjectRef[Any], ...]:
+        """The data references that `send` returned for a rank besides its report."""
+        return tuple(self._sent[rank][1:])
+
+    def _watch(self, rank: int, report: ObjectRef[Any], timeout_s: float) -> None:
+        def done(value: Any) -> None:
+            self._reports[rank] = value
+
+        def failed(error: BaseException) -> None:
+            self._failed_at = self._failed_at or time.monotonic()
+            self._failures.append(_Failure(rank=rank, fault=classify(error), error=error))
+
+        self._pump.watch(report, who=f"{self._role}[{rank}]", phase=self.phase, timeout_s=timeout_s, on_done=done, on_error=failed)
+
+
+class Gang:
+    """The ranks of one role."""
+
+    def __init__(self, role: str, spawn: Callable[[int], Any], ranks: int, pump: Pump, config: ClusterConfig, fingerprint: Fingerprint) -> None:
+        """spawn(rank) starts a rank and returns its handle."""
+        self.role = role
+        self._spawn = spawn
+        self.ranks = ranks
+        self._pump = pump
+        self._config = config
+        self._fingerprint = fingerprint
+        self._handles: list[Any] = []
+
+    def start(self) -> None:
+        """Start all ranks; returns at once."""
+        self._handles = [self._spawn(rank) for rank in range(self.ranks)]
+
+    def connect(self) -> list[Any]:
+        """Wait for every rank's constructor, check its code, then let all of them meet at an address of rank 0: `connect(address, port)`.
+
+        Returns what their `connect` returned. Raises RunError, at the latest at the deadlines.
+        """
+        ready_s = self._config.ready_timeout_s
+        workers: list[WorkerInfo] = self.call("start", lambda handle, rank: handle.describe.remote(), timeout_s=ready_s)
+        for rank, worker in enumerate(workers):
+            compare(self._fingerprint, worker.fingerprint, f"{self.role}[{rank}]")
+        address, port = workers[0].node_ip, self._free_port()
+        return self.call("connect", lambda handle, rank: handle.connect.remote(address, port), timeout_s=ready_s)
+
+    def begin(self, phase: str, send: Callable[[Any, int], ObjectRef[Any] | tuple[ObjectRef[Any], ...]], timeout_s: float | None = None) -> Ticket:
+        """Start send(handle, rank) on every rank; it returns the report's reference, alone or followed by data references."""
+        sent = [_as_tuple(send(handle, rank)) for rank, handle in enumerate(self._handles)]
+        return Ticket(self.role, phase, self._pump, sent, self._config.call_timeout_s if timeout_s is None else timeout_s)
+
+    def call(self, phase: str, send: Callable[[Any, int], ObjectRef[Any] | tuple[ObjectRef[Any], ...]], timeout_s: float | None = None) -> list[Any]:
+        """`begin`, serve events until it is done, and its results."""
+        return self._finish(self.begin(phase, send, timeout_s), self._config.call_timeout_s if timeout_s is None else timeout_s)
+
+    def close(self) -> None:
+        """Kill all ranks."""
+        import ray
+
+        for handle in self._handles:
+            ray.kill(handle)
+        self._handles = []
+
+    def _free_port(self) -> int:
+        sent = [(self._handles[0].free_port.remote(),)]
+        ticket = Ticket(self.role, "find a port", self._pump, sent, self._config.ready_timeout_s)
+        return int(self._finish(ticket, self._config.ready_timeout_s)[0])
+
+    def _finish(self, ticket: Ticket, timeout_s: float) -> list[Any]:
+        """The ticket's own deadline comes first; the pump's is there in case it does not."""
+        self._pump.run_until(lambda: ticket.done, timeout_s=timeout_s + 2 * _GRACE_S, waiting_for=f"{self.role} '{ticket.phase}'")
+        return ticket.results()
+
+
+def _as_tuple(refs: ObjectRef[Any] | tuple[ObjectRef[Any], ...] | list[ObjectRef[Any]]) -> tuple[ObjectRef[Any], ...]:
+    return tuple(refs) if isinstance(refs, (tuple, list)) else (refs,)

@@ -1,0 +1,65 @@
+"""Do driver and worker run the same code? The import names `cluster`, `actors`, `pipeline` are common words, and a node may hold an old copy.
+
+Left out: sending the code. `submit` ships the working directory; this only says, precisely, when two processes differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from cluster.faults import RunError
+
+_LIBRARIES = ("torch", "ray", "deepspeed", "transformers", "pyarrow")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What code a process would run."""
+
+    files: Mapping[str, str]  # "cluster/pool.py" -> hash of its bytes
+    python: str
+    versions: Mapping[str, str]  # "torch" -> "2.13.0", "" where it is not installed
+
+
+def fingerprint(packages: Sequence[str]) -> Fingerprint:
+    """The fingerprint of this process: every .py source of the named packages, Python, and the libraries whose versions must agree."""
+    files = {name: digest for package in packages for name, digest in _sources(package).items()}
+    return Fingerprint(files=files, python=platform.python_version(), versions={library: _version(library) for library in _LIBRARIES})
+
+
+def compare(driver: Fingerprint, worker: Fingerprint, who: str) -> None:
+    """Raises RunError naming the files or versions in which `who` differs from the driver."""
+    ours, theirs = {"python": driver.python, **driver.versions}, {"python": worker.python, **worker.versions}
+    versions = [f"{name} is {theirs[name] or 'missing'} there, {ours[name] or 'missing'} here" for name in ours if ours[name] != theirs[name]]
+    if versions:
+        raise RunError(who, "handshake", f"its node has other versions than the driver: {'; '.join(versions)}", "Install the same versions on every node.")
+    different = sorted(name for name in driver.files.keys() | worker.files.keys() if driver.files.get(name) != worker.files.get(name))
+    if different:
+        packages = sorted({name.split("/")[0] for name in different})
+        shown = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
+        raise RunError(
+            who,
+            "handshake",
+            f"it imports another copy of {', '.join(packages)} than the driver (different: {shown})",
+            "Submit the run as a Ray job, which ships the working directory, or install the same copy on every node.",
+        )
+
+
+def _sources(package: str) -> dict[str, str]:
+    spec = util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    root = Path(next(iter(spec.submodule_search_locations)))
+    return {f"{package}/{path.relative_to(root).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.rglob("*.py"))}
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,155 @@
+"""Which worker of which role lives where: bundles of CPUs and GPUs, and each worker's share of one.
+
+Pure arithmetic, no Ray: `plan` prints a placement without a cluster. Left out: which node a bundle lands on, which Ray decides.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_UNITS = 10_000  # Ray counts resources in ten-thousandths
+
+
+@dataclass(frozen=True, slots=True)
+class RoleDemand:
+    """What a role asks for."""
+
+    role: str
+    workers: int
+    gpus: float  # of each worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """Resources reserved together on one node."""
+
+    cpus: int
+    gpus: float
+
+    def __str__(self) -> str:
+        return _resources(self.cpus, self.gpus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A worker's seat: worker `index` of `role` takes `cpus` and `gpus` of bundle number `bundle`."""
+
+    role: str
+    index: int
+    bundle: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The seats of a run. `threads`: torch threads of every process."""
+
+    bundles: tuple[Bundle, ...]
+    slots: tuple[Slot, ...]
+    threads: int
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of all bundles together."""
+        return sum(bundle.cpus for bundle in self.bundles)
+
+    def slot(self, role: str, index: int) -> Slot:
+        """The seat of worker `index` of `role`."""
+        for slot in self.slots:
+            if (slot.role, slot.index) == (role, index):
+                return slot
+        raise AssertionError(f"no slot was planned for {role}[{index}]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeResources:
+    """What one node of a cluster has in all."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+
+def plan_placement(demands: Sequence[RoleDemand], *, share_devices: bool, cpus_per_bundle: int, local_cpus: int) -> Placement:
+    """Bundles and seats for the demanded workers.
+
+    share_devices: worker i of every role sits in bundle i, since in synchronous training the roles take turns. The bundle has the GPUs
+    of its most demanding resident; each resident is given an equal part, or Ray would not seat them together.
+    cpus_per_bundle 0: `local_cpus` over the number of bundles, at least 1.
+    Raises ValueError for numbers of GPUs that Ray cannot hand out.
+    """
+    assert len({demand.role for demand in demands}) == len(demands), "one demand per role"
+    for demand in demands:
+        _check_gpus(demand, share_devices)
+    if share_devices:
+        residents = [[d for d in demands if d.workers > i] for i in range(max((d.workers for d in demands), default=0))]
+        seats = [(d.role, i, i) for d in demands for i in range(d.workers)]
+    else:
+        residents = [[d] for d in demands for _ in range(d.workers)]
+        seats = [(d.role, i, 0) for d in demands for i in range(d.workers)]
+        seats = [(role, i, bundle) for bundle, (role, i, _) in enumerate(seats)]
+    cpus = cpus_per_bundle or max(1, local_cpus // max(1, len(residents)))
+    bundles = tuple(Bundle(cpus=cpus, gpus=max(d.gpus for d in group)) for group in residents)
+    by_role = {d.role: d for d in demands}
+    slots = tuple(_seat(by_role[role], i, b, bundles[b], residents[b]) for role, i, b in seats)
+    return Placement(bundles=bundles, slots=slots, threads=cpus)
+
+
+def shortages(placement: Placement, nodes: Sequence[NodeResources]) -> list[str]:
+    """Which bundles fit no node, in words: what is asked, what there is, what to change. Empty when everything fits.
+
+    Packs the largest bundle first onto the first node with room, nodes with the fewest GPUs first, so that bundles without GPUs leave
+    those free. Exact when all bundles are equal; else a heuristic that may, like Ray's own packing, miss a tight fit.
+    """
+    free = [[round(node.gpus * _UNITS), round(node.cpus * _UNITS)] for node in sorted(nodes, key=lambda node: (node.gpus, node.cpus))]
+    homeless: Counter[Bundle] = Counter()
+    for bundle in sorted(placement.bundles, key=lambda bundle: (bundle.gpus, bundle.cpus), reverse=True):
+        gpus, cpus = round(bundle.gpus * _UNITS), bundle.cpus * _UNITS
+        home = next((room for room in free if room[0] >= gpus and room[1] >= cpus), None)
+        if home is None:
+            homeless[bundle] += 1
+        else:
+            home[0] -= gpus
+            home[1] -= cpus
+    there = "; ".join(f"{node.name} with {_resources(node.cpus, node.gpus)}" for node in nodes) or "no node"
+    asked = Counter(placement.bundles)
+    return [
+        f"{missing} of {asked[bundle]} bundles of {bundle} fit no node; there is {there}. Add nodes, or lower the workers, ranks or gpus of the roles or cluster.cpus_per_bundle."
+        for bundle, missing in homeless.items()
+    ]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which in a container may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_gpus(demand: RoleDemand, share_devices: bool) -> None:
+    if demand.gpus > 1 and share_devices:
+        raise ValueError(
+            f"{demand.role}.gpus: must be at most 1 while devices are shared (Ray divides one GPU, not several), got {demand.gpus:g}; "
+            "set cluster.share_devices = false"
+        )
+    if demand.gpus > 1 and demand.gpus != int(demand.gpus):
+        raise ValueError(f"{demand.role}.gpus: must be a whole number when above 1, got {demand.gpus:g}")
+
+
+def _seat(demand: RoleDemand, index: int, number: int, bundle: Bundle, residents: Sequence[RoleDemand]) -> Slot:
+    """An equal part of the bundle, rounded down to Ray's granularity so that the parts never add up to more than the whole."""
+    users = sum(resident.gpus > 0 for resident in residents)
+    gpus = _part(bundle.gpus, users) if demand.gpus else 0.0
+    return Slot(role=demand.role, index=index, bundle=number, cpus=_part(bundle.cpus, len(residents)), gpus=gpus)
+
+
+def _part(whole: float, parts: int) -> float:
+    return math.floor(round(whole * _UNITS) / parts) / _UNITS
+
+
+def _resources(cpus: float, gpus: float) -> str:
+    text = f"{cpus:g} CPU" + ("" if cpus == 1 else "s")
+    return text + (f" and {gpus:g} GPU" + ("" if gpus == 1 else "s") if gpus else "")

@@ -1,0 +1,1 @@
+"""What to train, in which order: driver, ledger, buffer, algorithms, tasks, command line."""

@@ -1,0 +1,1 @@
+"""One file an algorithm: pure tensor maths with its paper and formula."""

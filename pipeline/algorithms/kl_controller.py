@@ -1,0 +1,27 @@
+"""The KL coefficient over the run. Its state is one number, which belongs in every checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pipeline.algorithms.base import Algorithm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLController:
+    """coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon); fixed when target is 0. Ziegler et al. 2019, section 2.2."""
+
+    coef: float
+    target: float
+    horizon: int
+
+    @classmethod
+    def of(cls, algorithm: Algorithm) -> KLController:
+        return cls(coef=algorithm.kl_coef, target=algorithm.kl_target, horizon=algorithm.kl_horizon)
+
+    def update(self, kl: float, rollouts: int) -> KLController:
+        """kl: mean KL per rollout of the step, in nats; rollouts: how many there were."""
+        if self.target == 0:
+            return self
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return replace(self, coef=self.coef * (1 + error * rollouts / self.horizon))

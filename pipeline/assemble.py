@@ -1,0 +1,180 @@
+"""Rollouts, scores, reference log-probs and values become experience: one Ray task over the whole step.
+
+Everything that must see the whole step at once happens here, so that it cannot depend on ranks or micro-batches:
+KL penalty, returns, advantages, whitening. Tables come in by chunk or by rank, in any order; they are joined by
+sample_id and leave in the order of `sample_ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from actors import ragged
+from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, TokenValues
+from pipeline.algorithms.base import Algorithm, Trajectories
+from pipeline.algorithms.estimators import token_rewards, whiten
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTables:
+    """The tables of a step as they came, each list in any order; an empty list where the algorithm needs none."""
+
+    rollouts: Sequence[pa.Table]
+    scores: Sequence[pa.Table]
+    reference: Sequence[pa.Table]
+    values: Sequence[pa.Table]
+    proximal: Sequence[pa.Table]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssemblyReport:
+    """What the driver learns of a step's experience: scalars only. KL in nats, lengths in tokens."""
+
+    samples: int
+    action_tokens: int
+    prompt_tokens: int
+    reward_mean: float
+    reward_std: float
+    kl_per_rollout: float
+    kl_per_token: float
+    advantage_std: float
+    return_mean: float
+    value_mean: float
+    explained_variance: float
+    response_tokens: float
+    stopped: float
+    distinct_2: float
+
+
+def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], counts: tuple[int, int, int, int, int], *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
+    """Join, estimate, whiten. `counts`: how many of `tables` are rollouts, scores, reference, values, proximal, in that order.
+
+    (Ray resolves references only among a task's own arguments, hence the flat list.)
+    """
+    parts = StepTables(*[], **dict(zip(StepTables.__dataclass_fields__, _split(tables, counts), strict=True)))
+    wanted = np.asarray(sample_ids, np.int64)
+    rollouts = _in_order(Rollouts, parts.rollouts, wanted)
+    scores = _in_order(Scores, parts.scores, wanted)
+    tokens, offsets = ragged.flat(rollouts["tokens"])
+    acted = ragged.flat(rollouts["action_mask"])[0]
+    sampled = ragged.flat(rollouts["logprobs"])[0]
+    none = np.zeros(tokens.size, np.float32)
+    reference = _column(TokenLogprobs, "logprobs", parts.reference, wanted) if parts.reference else none
+    values = _column(TokenValues, "values", parts.values, wanted) if parts.values else none
+    proximal = _column(TokenLogprobs, "logprobs", parts.proximal, wanted) if parts.proximal else sampled
+    kl = proximal - reference if parts.reference else none
+
+    grid = _ActionGrid(acted, offsets)
+    score = torch.from_numpy(scores["reward"].to_numpy().copy())
+    estimates = algorithm.advantages(
+        Trajectories(
+            rewards=token_rewards(score, grid.pad(kl), grid.mask, kl_coef=kl_coef),
+            values=grid.pad(values),
+            scores=score,
+            groups=torch.from_numpy(np.unique(rollouts["group_id"].to_numpy(), return_inverse=True)[1]),
+            mask=grid.mask,
+        )
+    )
+    advantages = whiten(estimates.advantages, grid.mask) if algorithm.whiten_advantages else estimates.advantages
+    columns = {
+        "proximal_logprobs": proximal,
+        "reference_logprobs": reference,
+        "values": values,
+        "advantages": grid.unpad(advantages),
+        "returns": grid.unpad(estimates.returns),
+    }
+    table = rollouts.append_column(_field("reward"), scores["reward"]).append_column(_field("turn_rewards"), scores["turn_rewards"])
+    for name, column in columns.items():
+        table = table.append_column(_field(name), ragged.unflat(column, offsets, pa.float32()))
+    experience = Experience(table.select(Experience.schema.names).cast(Experience.schema))
+    return _report(experience, kl[acted], acted, offsets), experience.table
+
+
+def write(path: str, table: pa.Table) -> int:
+    """Write a step's experience to Parquet and return its rows; run as a Ray task, so that no token passes through the driver."""
+    experience = Experience(table)
+    experience.write(Path(path))
+    return len(experience)
+
+
+class _ActionGrid:
+    """Flat token-aligned columns (sum of lengths,) to action tokens side by side (B, A), and back."""
+
+    def __init__(self, acted: ragged.Array, offsets: ragged.Array) -> None:
+        self.acted = acted
+        self.offsets = np.concatenate([[0], np.cumsum(acted)])[offsets]  # of the action tokens, (B + 1,)
+        self.width = max(int(np.diff(self.offsets).max(initial=0)), 1)
+        self.mask = torch.from_numpy(ragged.mask(self.offsets, self.width))
+
+    def pad(self, column: ragged.Array) -> torch.Tensor:
+        return torch.from_numpy(ragged.pad(column[self.acted], self.offsets, width=self.width))
+
+    def unpad(self, padded: torch.Tensor) -> ragged.Array:
+        column = np.zeros(self.acted.size, np.float32)
+        column[self.acted] = ragged.unpad(padded.numpy(), self.offsets)
+        return column
+
+
+def _split(tables: Sequence[pa.Table], counts: Sequence[int]) -> list[Sequence[pa.Table]]:
+    assert len(tables) == sum(counts), (len(tables), counts)
+    ends = np.cumsum(counts)
+    return [tables[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _in_order(kind: type[Rollouts | Scores | TokenLogprobs | TokenValues], parts: Sequence[pa.Table], wanted: ragged.Array) -> pa.Table:
+    """The rows of `wanted`, in that order. A sample that is missing or there twice is a broken invariant, never passed over."""
+    table = kind.concat([kind(part) for part in parts]).table  # type: ignore[arg-type]
+    ids = table["sample_id"].to_numpy()
+    if np.array_equal(ids, wanted):
+        return table
+    order = np.argsort(ids, kind="stable")
+    at = np.searchsorted(ids, wanted, sorter=order)
+    found = order[np.minimum(at, ids.size - 1)]
+    assert np.unique(ids).size == ids.size and np.array_equal(ids[found], wanted), f"{kind.__name__}: samples are missing or doubled"
+    return table.take(found)
+
+
+def _column(kind: type[TokenLogprobs | TokenValues], name: str, parts: Sequence[pa.Table], wanted: ragged.Array) -> ragged.Array:
+    return ragged.flat(_in_order(kind, parts, wanted)[name])[0]
+
+
+def _field(name: str) -> pa.Field:
+    return Experience.schema.field(name)
+
+
+def _report(experience: Experience, kl: ragged.Array, acted: ragged.Array, offsets: ragged.Array) -> AssemblyReport:
+    table = experience.table
+    rewards = table["reward"].to_numpy()
+    returns, values = (ragged.flat(table[name])[0][acted] for name in ("returns", "values"))
+    spread = returns.var()
+    return AssemblyReport(
+        samples=len(experience),
+        action_tokens=int(acted.sum()),
+        prompt_tokens=int((~acted).sum()),
+        reward_mean=float(rewards.mean()),
+        reward_std=float(rewards.std()),
+        kl_per_rollout=float(kl.sum() / len(experience)),
+        kl_per_token=float(kl.mean()),
+        advantage_std=float(ragged.flat(table["advantages"])[0][acted].std()),
+        return_mean=float(returns.mean()),
+        value_mean=float(values.mean()),
+        explained_variance=float(1 - (returns - values).var() / spread) if spread > 0 else 0.0,
+        response_tokens=float(acted.sum() / len(experience)),
+        stopped=float(pc.mean(pc.equal(table["finish"], "stop")).as_py()),
+        distinct_2=_distinct_2(ragged.flat(table["tokens"])[0], acted, offsets),
+    )
+
+
+def _distinct_2(tokens: ragged.Array, acted: ragged.Array, offsets: ragged.Array) -> float:
+    """Different pairs of neighbouring sampled tokens over all such pairs (Li et al. 2016): falls when replies become alike."""
+    row = np.repeat(np.arange(offsets.size - 1), np.diff(offsets))
+    neighbours = acted[:-1] & acted[1:] & (row[:-1] == row[1:])
+    pairs = tokens[:-1].astype(np.int64)[neighbours] << 32 | tokens[1:][neighbours]
+    return float(np.unique(pairs).size / pairs.size) if pairs.size else 1.0

@@ -1,0 +1,76 @@
+"""The experience buffer: what is scored and waits to be trained on. A view of the ledger plus references to the data.
+
+The driver holds object references, ids and versions here, never a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.ledger import Ledger, State
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A step's scored chunks, in sample order."""
+
+    step: int
+    chunks: tuple[int, ...]
+    rollouts: tuple[ObjectRef, ...]  # one Rollouts table a chunk
+    scores: tuple[ObjectRef, ...]  # one Scores table a chunk
+    sample_ids: tuple[int, ...]  # to train on; the tables may hold quarantined ones besides
+
+
+class Buffer:
+    """Consumes: scored chunks. Waits for: whole groups, a step's worth. Unblocked by: the reward pool."""
+
+    def __init__(self, ledger: Ledger, samples: int, max_staleness: int) -> None:
+        self.ledger = ledger
+        self.samples = samples
+        self.max_staleness = max_staleness
+        self._rollouts: dict[int, ObjectRef] = {}
+        self._scores: dict[int, ObjectRef] = {}
+
+    def put_rollouts(self, chunk: int, rollouts: ObjectRef) -> None:
+        self._rollouts[chunk] = rollouts
+
+    def put_scores(self, chunk: int, scores: ObjectRef) -> None:
+        self._scores[chunk] = scores
+
+    def rollouts(self, chunk: int) -> ObjectRef:
+        return self._rollouts[chunk]
+
+    def forget(self, chunk: int) -> None:
+        """Drop the references of a chunk that ended or is generated anew."""
+        self._rollouts.pop(chunk, None)
+        self._scores.pop(chunk, None)
+
+    def ready(self) -> list[int]:
+        """The chunks that make up the next step, once there are enough scored ones at the head of the line; else none."""
+        chosen, samples = [], 0
+        for chunk in self.ledger.open.values():
+            if chunk.state is not State.SCORED:
+                return []
+            chosen.append(chunk.number)
+            samples += len(chunk.trainable())
+            if samples >= self.samples:
+                return chosen
+        return []
+
+    def take(self, step: int, version: int) -> Batch:
+        """The next step's batch. `version`: the weights as they are now; no sample may be older by more than max_staleness."""
+        chunks = [self.ledger.open[number] for number in self.ready()]
+        assert chunks, f"step {step} was taken before it was full"
+        oldest = min(c.version for c in chunks)
+        assert version - oldest <= self.max_staleness, f"staleness: must be <= {self.max_staleness}, got {version} - {oldest}"
+        return Batch(
+            step=step,
+            chunks=tuple(c.number for c in chunks),
+            rollouts=tuple(self._rollouts[c.number] for c in chunks),
+            scores=tuple(self._scores[c.number] for c in chunks),
+            sample_ids=tuple(s for c in chunks for s in c.trainable()),
+        )

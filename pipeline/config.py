@@ -1,0 +1,219 @@
+"""A run's whole configuration: typed, frozen, closed; read from a TOML recipe, overridden from the command line.
+
+Impossible combinations are refused here, before Ray starts, each naming field, rule, value and remedy.
+Torch-free and Ray-free.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from actors.config import LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
+from cluster.config import ClusterConfig, Config
+from pipeline.algorithms.ppo import PPO
+from pipeline.algorithms.registry import AnyAlgorithm
+
+
+class ModelConfig(Config):
+    """The model to align: one that exists, or the shape of a GPT-2 to train from scratch on the task's text."""
+
+    path: str = ""
+    """Hugging Face folder or hub name of a causal language model. Empty: build a new GPT-2 of the shape below and fine-tune it first."""
+
+    layers: int = Field(default=4, ge=1)
+    """Transformer blocks of a new model."""
+
+    width: int = Field(default=128, ge=8)
+    """Hidden size of a new model; a multiple of heads."""
+
+    heads: int = Field(default=4, ge=1)
+    """Attention heads of a new model."""
+
+    context: int = Field(default=128, ge=8)
+    """Longest sequence of a new model, in tokens."""
+
+    vocabulary: int = Field(default=1024, ge=2)
+    """Words of a new model's tokenizer, at most; trained on the task's text."""
+
+
+class FinetuneConfig(Config):
+    """Supervised fine-tuning on the task's demonstrations, before reinforcement learning."""
+
+    epochs: int = Field(default=0, ge=0)
+    """Most passes over the demonstrations; 0 skips fine-tuning. It stops early once held-out perplexity rises."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Demonstrations of one optimiser step."""
+
+    learner: LearnerConfig = LearnerConfig(learning_rate=1e-3, schedule="cosine", warmup_fraction=0.05, weight_decay=0.1)
+    """The gang that trains."""
+
+
+class BatchConfig(Config):
+    """What one step of the driver's loop is made of."""
+
+    prompts: int = Field(default=64, ge=1)
+    """Prompts (groups) of a step."""
+
+    group_size: int = Field(default=1, ge=1)
+    """Samples of each prompt."""
+
+    epochs: int = Field(default=4, ge=1)
+    """Passes over a step's experience, reshuffled each time."""
+
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser steps of one pass."""
+
+    max_prompt_tokens: int = Field(default=64, ge=1)
+    """Longest prompt allowed, in tokens."""
+
+    @property
+    def samples(self) -> int:
+        """Rollouts of a step."""
+        return self.prompts * self.group_size
+
+
+class EvaluationConfig(Config):
+    """The comparison on held-out prompts, before the first step and after the last."""
+
+    prompts: int = Field(default=128, ge=2)
+    """Held-out prompts, at most."""
+
+    samples: int = Field(default=1, ge=1)
+    """Samples of each prompt; the confidence interval is over prompts."""
+
+    shown: int = Field(default=5, ge=0)
+    """Pairs of replies, before and after, to print and save."""
+
+
+class RunConfig(Config):
+    """Everything a run depends on."""
+
+    task: str
+    """Where prompts and rewards come from: `smalltalk`, `walks`, or your own as `package.module:name`."""
+
+    steps: int = Field(ge=1)
+    """Steps of reinforcement learning; each ends in one new version of the policy."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random in the run."""
+
+    model: ModelConfig = ModelConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    batch: BatchConfig = BatchConfig()
+    algorithm: AnyAlgorithm = PPO()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    policy: LearnerConfig = LearnerConfig()
+    critic: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def check(config: RunConfig) -> RunConfig:
+    """The configuration, if its fields go together. Raises ValueError for a combination that no single field can judge."""
+    for rule in (_batch_rules, _sampling_rules, _model_rules):
+        rule(config)
+    return config
+
+
+def _batch_rules(config: RunConfig) -> None:
+    batch, algorithm = config.batch, config.algorithm
+    if batch.minibatches > batch.samples:
+        raise ValueError(
+            f"batch.minibatches: must be <= batch.prompts * batch.group_size = {batch.samples}, got {batch.minibatches}; lower it or raise batch.prompts"
+        )
+    if batch.group_size < algorithm.min_group_size:
+        raise ValueError(
+            f"batch.group_size: must be >= {algorithm.min_group_size} for algorithm {algorithm.name!r}, got {batch.group_size}; it compares samples of one prompt"
+        )
+    if config.rollout.chunk_size < batch.group_size:
+        raise ValueError(f"rollout.chunk_size: must be >= batch.group_size = {batch.group_size}, got {config.rollout.chunk_size}; a group is never split")
+    if config.reward.function and config.reward.model:
+        raise ValueError(f"reward: must have a function or a model, got both ({config.reward.function!r}, {config.reward.model!r}); remove one")
+
+
+def _sampling_rules(config: RunConfig) -> None:
+    sampling = config.sampling
+    if sampling.top_k != 0 or sampling.top_p != 1.0:
+        raise ValueError(
+            f"sampling: top_k must be 0 and top_p 1 in training, got {sampling.top_k} and {sampling.top_p}; "
+            "the learner could not recompute the log-probs of a cut-off distribution"
+        )
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature: must be > 0 in training, got 0.0; greedy samples carry no gradient")
+
+
+def _model_rules(config: RunConfig) -> None:
+    model = config.model
+    if not model.path:
+        if model.width % model.heads:
+            raise ValueError(f"model.width: must be a multiple of model.heads, got {model.width} and {model.heads}; use {max(model.width // model.heads, 1) * model.heads}")
+        needed = config.batch.max_prompt_tokens + config.sampling.max_new_tokens
+        if needed > model.context:
+            raise ValueError(
+                f"model.context: must be >= batch.max_prompt_tokens + sampling.max_new_tokens = {needed}, got {model.context}; raise it or shorten one of them"
+            )
+        if config.finetune.epochs == 0:
+            raise ValueError("finetune.epochs: must be >= 1 when model.path is empty, got 0; a new model knows no text, so give model.path or fine-tune first")
+
+
+def recipe_path(recipe: str) -> Path:
+    """A recipe by file name, or by the name of one that comes with the package. Raises ValueError listing those."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    bundled = {p.name.removesuffix(".toml"): p for p in (resources.files("pipeline") / "recipes").iterdir() if p.name.endswith(".toml")}
+    if recipe in bundled:
+        return Path(str(bundled[recipe]))
+    raise ValueError(f"recipe: must be a TOML file or one of {sorted(bundled)}, got {recipe!r}")
+
+
+def load(path: Path) -> RunConfig:
+    """Read a recipe. Raises ValueError with one line a fault, each naming field, rule and value."""
+    try:
+        return check(RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: must be TOML: {error}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error)}") from error
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, every default spelled out."""
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
+
+
+def explain(error: ValidationError) -> str:
+    """pydantic's findings, one line each: field, what is wrong, the value, and the nearest right key for an unknown one."""
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key{_nearest(where)}")
+        else:
+            lines.append(f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}")
+    return "\n".join(lines)
+
+
+def _nearest(where: str) -> str:
+    import difflib
+
+    known = list(_keys(RunConfig))
+    close = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _keys(model: type[Config], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        kinds = [k for k in (getattr(field.annotation, "__args__", None) or (field.annotation,)) if isinstance(k, type) and issubclass(k, Config)]
+        keys += [prefix + name] if not kinds else [key for kind in kinds for key in _keys(kind, f"{prefix}{name}.")]
+    return keys

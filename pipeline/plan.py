@@ -1,0 +1,104 @@
+"""What a recipe would run: processes and where they sit, the arithmetic of a step, and an estimate of memory. Starts nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from actors.config import Dtype, LearnerConfig
+from cluster.placement import usable_cores
+from pipeline.config import RunConfig, check
+from pipeline.roles import demands, place
+from pipeline.tasks.task import load_task
+
+PROCESS_GB = 0.45  # Python, torch, transformers and Ray's worker, measured on Linux without a GPU
+_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What memory depends on. parameters: numbers, not bytes."""
+
+    parameters: int
+    layers: int
+    kv_width: int
+    context: int
+
+
+def show(config: RunConfig, console: Console) -> None:
+    """Print the plan of a checked configuration. Raises ValueError for a task or reward that cannot be imported."""
+    from actors.reward import load_function
+
+    task = load_task(check(config).task)
+    load_function(config.reward.function or task.reward)
+    placement = place(config, demands(config))
+    shape = _shape(config)
+    table = Table(title="processes", title_justify="left")
+    for column in ("process", "bundle", "CPUs", "GPUs", "memory"):
+        table.add_column(column, justify="left" if column == "process" else "right")
+    for slot in placement.slots:
+        memory = f"{_memory(config, slot.role, shape) / 1e9 + PROCESS_GB:.2f} GB" if shape else "?"
+        table.add_row(f"{slot.role}[{slot.index}]", str(slot.bundle), f"{slot.cpus:g}", f"{slot.gpus:g}", memory)
+    console.print(table)
+    needs = ", ".join(str(bundle) for bundle in placement.bundles)
+    console.print(f"needs {len(placement.bundles)} bundle(s): {needs}; this machine has {usable_cores()} cores", highlight=False)
+    if shape:
+        total = sum(_memory(config, slot.role, shape) / 1e9 + PROCESS_GB for slot in placement.slots)
+        console.print(f"model {shape.parameters / 1e6:.1f} M parameters, context {shape.context}; about {total:.1f} GB in all", highlight=False)
+    else:
+        console.print(f"model {config.model.path}: neither a folder here nor reachable, so its size is not known", highlight=False)
+    console.print(_arithmetic(config), highlight=False)
+
+
+def _arithmetic(config: RunConfig) -> str:
+    batch, chunk = config.batch, config.rollout.chunk_size // config.batch.group_size * config.batch.group_size
+    updates = batch.epochs * batch.minibatches
+    return f"""\
+a step: {batch.prompts} prompts x {batch.group_size} = {batch.samples} rollouts of at most {batch.max_prompt_tokens} + {config.sampling.max_new_tokens} tokens,
+        generated in {-(-batch.samples // chunk)} chunk(s) of at most {chunk}; {batch.epochs} epoch(s) x {batch.minibatches} minibatch(es) = {updates} updates,
+        each on about {batch.samples // batch.minibatches} rollouts, {-(-batch.samples // batch.minibatches // config.policy.ranks)} a rank
+a run:  {config.steps} steps = {config.steps * batch.samples:,} rollouts = {config.steps * updates:,} updates"""
+
+
+def _shape(config: RunConfig) -> Shape | None:
+    model = config.model
+    if not model.path:
+        blocks = model.layers * (12 * model.width**2 + 13 * model.width)
+        parameters = blocks + (model.vocabulary + model.context + 2) * model.width
+        return Shape(parameters=parameters, layers=model.layers, kv_width=model.width, context=model.context)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not os.path.isdir(model.path):
+        os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
+    try:
+        found = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+    except OSError:  # not a folder, not cached, and no hub to ask
+        return None
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(found).parameters())
+    heads = getattr(found, "num_key_value_heads", None) or found.num_attention_heads
+    kv_width = found.hidden_size // found.num_attention_heads * heads
+    return Shape(parameters=parameters, layers=found.num_hidden_layers, kv_width=kv_width, context=found.max_position_embeddings)
+
+
+def _memory(config: RunConfig, role: str, shape: Shape) -> float:
+    """Bytes of one process of the role, beyond the process itself."""
+    if role in ("policy", "critic"):
+        return _learner_bytes(config.policy if role == "policy" else config.critic, shape.parameters)
+    if role == "rollout":
+        width = _BYTES[config.rollout.dtype]
+        tokens = config.batch.max_prompt_tokens + config.sampling.max_new_tokens
+        return width * (shape.parameters + 2 * config.rollout.slots * tokens * shape.layers * shape.kv_width)
+    return _BYTES[config.reference.dtype] * shape.parameters if role == "reference" else 0.0
+
+
+def _learner_bytes(learner: LearnerConfig, parameters: int) -> float:
+    """Weights, gradients, and the optimiser's two moments and master copy, divided by what the ZeRO stage shards (Rajbhandari et al. 2020)."""
+    width = _BYTES[learner.dtype]
+    state = 12.0 if learner.dtype == "bfloat16" else 8.0 + (4.0 if learner.zero_stage else 0.0)
+    share = [1 / learner.ranks if learner.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
+    return parameters * (width * share[2] + width * share[1] + state * share[0])

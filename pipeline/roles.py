@@ -1,0 +1,139 @@
+"""Wiring: which plain classes become which pools and gangs, from the configuration. The only file that names them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.events import Pump
+from cluster.gang import Gang, Ticket
+from cluster.handshake import Fingerprint
+from cluster.placement import Placement, RoleDemand, plan_placement, usable_cores
+from cluster.pool import Pool, Work
+from cluster.spawn import Placed
+from pipeline.config import RunConfig
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """The processes of a run. `reference` and `critic` exist only where the algorithm needs them."""
+
+    rollout: Pool
+    reward: Pool
+    reference: Pool | None
+    critic: Gang | None
+    policy: Gang
+
+    def close(self) -> None:
+        for role in (self.rollout, self.reward, self.reference, self.critic, self.policy):
+            if role is not None:
+                role.close()
+
+
+def demands(config: RunConfig) -> list[RoleDemand]:
+    """What each role of reinforcement learning asks of the cluster."""
+    asked = [
+        RoleDemand(role="policy", workers=config.policy.ranks, gpus=config.policy.gpus),
+        RoleDemand(role="rollout", workers=config.rollout.workers, gpus=config.rollout.gpus),
+        RoleDemand(role="reward", workers=config.reward.workers, gpus=config.reward.gpus),
+    ]
+    if config.algorithm.needs_reference:
+        asked.append(RoleDemand(role="reference", workers=config.reference.workers, gpus=config.reference.gpus))
+    if config.algorithm.needs_critic:
+        asked.append(RoleDemand(role="critic", workers=config.critic.ranks, gpus=config.critic.gpus))
+    return asked
+
+
+def place(config: RunConfig, asked: list[RoleDemand]) -> Placement:
+    """Roles to bundles; needs `cluster.cpus_per_bundle` resolved or the local core count."""
+    return plan_placement(
+        asked, share_devices=config.cluster.share_devices, cpus_per_bundle=config.cluster.cpus_per_bundle, local_cpus=usable_cores()
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Where actors of a stage are started: the bundles, the event pump, and what every worker must match."""
+
+    placed: Placed
+    pump: Pump
+    fingerprint: Fingerprint
+    timeout_s: float
+
+    def task(self, function: Callable[..., Any], phase: str, *arguments: Any, num_returns: int = 1) -> Ticket:
+        """One call of `function` as a Ray task on the driver's node; with num_returns > 1 the first is the report."""
+        sent = self.placed.task(function, num_returns=num_returns).remote(*arguments)
+        return Ticket("task", phase, self.pump, [tuple(sent) if num_returns > 1 else (sent,)], self.timeout_s)
+
+    def map(self, pool: Pool, phase: str, sends: Sequence[Callable[[Any, int], tuple[ObjectRef, ...]]]) -> list[tuple[Any, tuple[ObjectRef, ...]]]:
+        """Give each call to whichever worker of the pool is free; (report, data) of each, in the order given."""
+        found: dict[int, tuple[Any, tuple[ObjectRef, ...]]] = {}
+        for number, send in enumerate(sends):
+
+            def done(report: Any, data: tuple[ObjectRef, ...], attempt: int, number: int = number) -> None:
+                found[number] = (report, data)
+
+            pool.submit(Work(phase=f"{phase} {number}", send=send, on_done=done, timeout_s=self.timeout_s))
+        self.pump.run_until(lambda: len(found) == len(sends), timeout_s=2 * self.timeout_s, waiting_for=phase)
+        return [found[number] for number in range(len(sends))]
+
+    def finish(self, ticket: Ticket, waiting_for: str) -> Any:
+        """Serve events until the call is done; its first report."""
+        self.pump.run_until(lambda: ticket.done, timeout_s=2 * self.timeout_s, waiting_for=waiting_for)
+        return ticket.results()[0]
+
+    def pool(self, role: str, size: int, config: RunConfig, cls: type, /, **arguments: Any) -> Pool:
+        return Pool(role, lambda index: self.placed.spawn(cls, role, index, **arguments), size, self.pump, config.cluster, self.fingerprint)
+
+    def gang(self, role: str, ranks: int, config: RunConfig, cls: type, /, **arguments: Any) -> Gang:
+        def spawn(rank: int) -> Any:
+            return self.placed.spawn(cls, role, rank, rank=rank, ranks=ranks, timeout_s=config.cluster.call_timeout_s, **arguments)
+
+        return Gang(role, spawn, ranks, self.pump, config.cluster, self.fingerprint)
+
+
+def start_roles(config: RunConfig, stage: Stage, model: str, reward_function: str) -> Roles:
+    """Start every process of reinforcement learning and wait until all are ready.
+
+    model: folder or name of the policy to begin from; it is the reference and the critic's trunk, too.
+    """
+    from actors.learner import Learner
+    from actors.reference import ReferenceWorker
+    from actors.reward import RewardWorker
+    from actors.rollout import RolloutWorker
+
+    algorithm, temperature = config.algorithm, config.sampling.temperature
+    updates = config.steps * config.batch.epochs * config.batch.minibatches
+    learner = {"path": model, "temperature": temperature, "objective": algorithm, "total_updates": updates, "seed": config.seed}
+    reward = config.reward if config.reward.function or config.reward.model else config.reward.model_copy(update={"function": reward_function})
+    roles = Roles(
+        policy=stage.gang("policy", config.policy.ranks, config, Learner, role="policy", config=config.policy, **learner),
+        critic=stage.gang("critic", config.critic.ranks, config, Learner, role="critic", config=config.critic, **learner) if algorithm.needs_critic else None,
+        rollout=stage.pool(
+            "rollout",
+            config.rollout.workers,
+            config,
+            RolloutWorker,
+            path=model,
+            config=config.rollout,
+            sampling=config.sampling,
+            seed=config.seed,
+            untie_head=config.policy.trainable == "heads",
+        ),
+        reward=stage.pool("reward", config.reward.workers, config, RewardWorker, config=reward, tokenizer_path=model),
+        reference=stage.pool(
+            "reference", config.reference.workers, config, ReferenceWorker, path=model, config=config.reference, temperature=temperature
+        )
+        if algorithm.needs_reference
+        else None,
+    )
+    everyone = [r for r in (roles.policy, roles.critic, roles.rollout, roles.reward, roles.reference) if r is not None]
+    for role in everyone:
+        role.start()
+    for role in everyone:
+        role.connect() if isinstance(role, Gang) else role.wait_ready()
+    return roles

@@ -1,0 +1,132 @@
+"""A whole run: fine-tune where the recipe asks for it, reinforce, compare, export. What `train` and `quickstart` do.
+
+    recipe --finetune--> finetuned/ --start_roles--> Driver.run --export--> policy/
+                                       `-- evaluate before ... after --> evaluation.json
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.events import Pump
+from cluster.placement import RoleDemand
+from cluster.session import Session
+from pipeline.config import RunConfig, check, save
+from pipeline.driver import Driver
+from pipeline.evaluation import FIRST_GROUP, Comparison, Evaluator, compare
+from pipeline.observe.observer import Observer
+from pipeline.observe.progress import Progress
+from pipeline.observe.summary import show
+from pipeline.roles import Stage, demands, place, start_roles
+from pipeline.stages.finetune import Finetuned, finetune
+from pipeline.tasks.task import PromptStream, Task, load_task
+
+PACKAGES = ("cluster", "actors", "pipeline")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run leaves behind."""
+
+    run_dir: Path
+    finetuned: Finetuned | None
+    comparison: Comparison
+    seconds: float
+
+
+def train(config: RunConfig, run_dir: Path, console: Console) -> Result:
+    """Run a recipe from the beginning. Raises ValueError for what is wrong with it, RunError for what fails on the way."""
+    started = time.monotonic()
+    config = resolve(check(config))
+    task = load_task(config.task)
+    _make(run_dir)
+    save(config, run_dir / "config.toml")
+    with Progress(console) as progress, Session(config.cluster, run_dir / "log", packages=PACKAGES, local_cpus=_cpus(config)) as session:
+        finetuned = None
+        if config.finetune.epochs:
+            finetuned = _finetune(config, session, run_dir, progress)
+        model = str(finetuned.folder) if finetuned else config.model.path
+        comparison = _reinforce(config, session, run_dir, progress, task, model)
+    result = Result(run_dir=run_dir, finetuned=finetuned, comparison=comparison, seconds=time.monotonic() - started)
+    (run_dir / "evaluation.json").write_text(json.dumps(comparison.record(len(comparison.before.prompts)), indent=1), encoding="utf-8")
+    show(result, config, console)
+    return result
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fix what depends on the machine, so that the saved configuration says what really ran."""
+    if config.cluster.cpus_per_bundle:
+        return config
+    threads = place(config, demands(config)).threads
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_bundle": threads})})
+
+
+def _finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progress) -> Finetuned:
+    progress.stage("start fine-tuning", 1)
+    learner = config.finetune.learner
+    placed = session.place(place(config, [RoleDemand(role="policy", workers=learner.ranks, gpus=learner.gpus)]))
+    stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
+    try:
+        return finetune(config, stage, run_dir, progress)
+    finally:
+        placed.remove()
+
+
+def _reinforce(config: RunConfig, session: Session, run_dir: Path, progress: Progress, task: Task, model: str) -> Comparison:
+    from actors.model import load_tokenizer
+
+    progress.stage("start actors", 1)
+    tokenizer, context = load_tokenizer(model), _context(model)
+
+    def stream(split: str, seed: int) -> PromptStream:
+        return PromptStream(
+            task.prompts(split),  # type: ignore[arg-type]
+            tokenizer,
+            seed=seed,
+            max_prompt_tokens=config.batch.max_prompt_tokens,
+            context=context,
+            max_new_tokens=config.sampling.max_new_tokens,
+        )
+
+    prompts, heldout = stream("train", config.seed), stream("heldout", 0)
+    placed = session.place(place(config, demands(config)))
+    stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
+    with Observer(run_dir, progress) as observer:
+        roles = start_roles(config, stage, model, task.reward)
+        driver = Driver(config, run_dir, roles, stage, prompts, observer)
+        chosen = heldout.draw(range(FIRST_GROUP, FIRST_GROUP + min(config.evaluation.prompts, len(heldout))))
+        evaluator = Evaluator(config, roles, stage, tokenizer, chosen)
+        progress.stage("evaluate before", 1)
+        before = evaluator.evaluate(driver.weights)
+        progress.stage("reinforce", config.steps)
+        driver.run()
+        progress.stage("evaluate after", 1)
+        after = evaluator.evaluate(driver.weights)
+        driver.export(run_dir / "policy")
+        roles.close()
+        placed.remove()
+    return compare(before, after, config.seed)
+
+
+def _context(model: str) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model, trust_remote_code=False).max_position_embeddings)
+
+
+def _cpus(config: RunConfig) -> int:
+    return max(place(config, demands(config)).cpus, config.cluster.cpus_per_bundle * config.finetune.learner.ranks)
+
+
+def _make(run_dir: Path) -> None:
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ValueError(f"--run-dir: must be a new or empty folder, got {run_dir}; choose another, nothing in it was touched")
+    try:
+        (run_dir / "log").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--run-dir: must be a folder that can be written, got {run_dir}: {error.strerror}") from error

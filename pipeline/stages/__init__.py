@@ -1,0 +1,1 @@
+"""The stages of alignment, each turning artifacts into artifacts."""

@@ -1,0 +1,151 @@
+"""Supervised fine-tuning: imitate the task's demonstrations, on the same learner gang that reinforcement learning uses.
+
+    L_t = -log pi(a_t|s_t) on the tokens of the response; prompt tokens carry no loss.
+
+A demonstration is an experience whose actions are the demonstrated tokens, so nothing here trains: the stage only
+lays out tables and decides when to stop. The weights kept are those of the lowest held-out perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from actors import ragged
+from actors.experience import Experience, Rollouts
+from actors.learner import Learner, UpdatePlan
+from pipeline.config import ModelConfig, RunConfig
+from pipeline.observe.progress import Progress
+from pipeline.roles import Stage
+from pipeline.tasks.task import encode_demonstration, load_task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from actors.learner import InferReport, UpdateReport
+    from actors.objective import ActionTokens
+
+
+class Imitation:
+    """Negative log-likelihood: the policy objective of supervised fine-tuning."""
+
+    def policy_loss(self, logprobs: Tensor, entropy: Tensor, batch: ActionTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        return -logprobs, {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """How much there is to imitate."""
+
+    train: int
+    heldout: int
+    excluded: int  # longer than the model's context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finetuned:
+    """Where the model is, and its perplexity on held-out responses before and after."""
+
+    folder: Path
+    epochs: int
+    perplexity_before: float
+    perplexity: float
+
+
+def finetune(config: RunConfig, stage: Stage, run_dir: Path, progress: Progress) -> Finetuned:
+    """Make the model of the recipe (new or given) imitate the task. Returns the folder `run_dir/finetuned`."""
+    folder, learner = run_dir / "finetuned", config.finetune.learner
+    ticket = stage.task(prepare, "preparing demonstrations", config.task, config.model, config.seed, str(folder), num_returns=3)
+    prepared: Prepared = stage.finish(ticket, "demonstrations")
+    train, heldout = ticket.refs(0)
+    minibatches = math.ceil(prepared.train / config.finetune.batch_size)
+    gang = stage.gang(
+        "policy",
+        learner.ranks,
+        config,
+        Learner,
+        role="policy",
+        path=config.model.path or str(folder),
+        config=learner,
+        temperature=1.0,
+        objective=Imitation(),
+        total_updates=config.finetune.epochs * minibatches,
+        seed=config.seed,
+    )
+    gang.start()
+    gang.connect()
+
+    def perplexity() -> float:
+        reports: list[InferReport] = gang.call("held-out perplexity", lambda rank, _: rank.infer.options(num_returns=2).remote(heldout))
+        tokens = sum(r.action_tokens for r in reports)
+        return math.exp(-sum(r.mean * r.action_tokens for r in reports) / tokens)
+
+    progress.stage("fine-tune", config.finetune.epochs)
+    before = best = perplexity()
+    for epoch in range(config.finetune.epochs):
+        plan = UpdatePlan(step=epoch, epochs=1, minibatches=minibatches, seed=config.seed, aggregation="token_mean")
+        report: UpdateReport = gang.call(f"fine-tuning epoch {epoch}", lambda rank, _, plan=plan: rank.update.remote(train, plan))[0]
+        now = perplexity()
+        progress.advance(f"loss {report.loss:.3f}  held-out perplexity {now:.1f}")
+        if now >= best:
+            break
+        best = now
+        gang.call("export", lambda rank, _: rank.export.remote(str(folder)))
+    gang.close()
+    return Finetuned(folder=folder, epochs=epoch + 1, perplexity_before=before, perplexity=best)
+
+
+def prepare(task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple[Prepared, pa.Table, pa.Table]:
+    """Write a new model if the recipe names none, and encode the demonstrations: (counts, Experience, held-out Rollouts). A Ray task."""
+    from actors.model import load_tokenizer, new_gpt2
+
+    task = load_task(task_name)
+    if not model.path:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        task.build_tokenizer(Path(folder), model.vocabulary)
+    tokenizer = load_tokenizer(model.path or folder)
+    if not model.path:
+        new_gpt2(tokenizer, layers=model.layers, width=model.width, heads=model.heads, context=model.context, seed=seed).save_pretrained(folder)
+    encoded = {split: [encode_demonstration(d, tokenizer) for d in task.demonstrations(split)] for split in ("train", "heldout")}
+    fitting = {split: [(p, r) for p, r in pairs if len(p) + len(r) <= model.context] for split, pairs in encoded.items()}
+    for split, pairs in fitting.items():
+        if not pairs:
+            raise ValueError(f"task: must have {split} demonstrations that fit model.context = {model.context}, got none of {len(encoded[split])}")
+    excluded = sum(len(encoded[split]) - len(fitting[split]) for split in encoded)
+    prepared = Prepared(train=len(fitting["train"]), heldout=len(fitting["heldout"]), excluded=excluded)
+    heldout = demonstrated(fitting["heldout"]).table.select(Rollouts.schema.names).cast(Rollouts.schema)
+    return prepared, demonstrated(fitting["train"]).table, heldout
+
+
+def demonstrated(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Experience:
+    """(prompt ids, response ids) as experience: the response's tokens are the actions, everything a policy or critic would add is zero."""
+    starts = np.array([len(p) for p, _ in pairs], np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(p) + len(r) for p, r in pairs])])
+    tokens = np.array([token for p, r in pairs for token in (*p, *r)], np.int32)
+    action = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets)) >= np.repeat(starts, np.diff(offsets))
+    ids, nothing = np.arange(len(pairs)), np.zeros(len(pairs) + 1, np.int32)
+    zeros = ragged.unflat(np.zeros(offsets[-1], np.float32), offsets, pa.float32())
+    empty = ragged.unflat(np.zeros(0, np.float32), nothing, pa.float32())
+    return Experience.of(
+        {
+            "sample_id": ids,
+            "group_id": ids,
+            "tokens": ragged.unflat(tokens, offsets, pa.int32()),
+            "action_mask": ragged.unflat(action, offsets, pa.bool_()),
+            "versions": ragged.unflat(np.full(offsets[-1], -1, np.int32), offsets, pa.int32()),
+            "turn_starts": ragged.unflat(starts, np.arange(len(pairs) + 1), pa.int32()),
+            "option": ragged.unflat(np.zeros(0, np.int16), nothing, pa.int16()),
+            "option_logprobs": empty,
+            "finish": ["stop"] * len(pairs),
+            "metadata": ["{}"] * len(pairs),
+            "reward": np.zeros(len(pairs), np.float32),
+            "turn_rewards": empty,
+            **{name: zeros for name in ("logprobs", "proximal_logprobs", "reference_logprobs", "values", "advantages", "returns")},
+        }
+    )

@@ -1,0 +1,155 @@
+"""Small talk, made friendlier: real dialogues to imitate, and the sentiment of a reply as the reward.
+
+Dialogues: the English part of the `chatterbot-corpus` package (BSD). Looked at file by file, most of it is talk; three
+files are not and are left out: `coding` (answers are programs), `tech_support` (ten pairs repeated a hundred times) and
+`trivia` (facts that a model this small can only guess). In `emotion` and `computers` the lines after the first are
+alternative replies to it; everywhere else each line answers the one before.
+
+Reward: VADER (Hutto & Gilbert 2014), a human-rated lexicon: a real preference that needs no network and no labelling.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline.observe.text import distinct_n, words
+from pipeline.tasks.task import Demonstration, PromptText, Split
+
+USER, BOT = "<|user|>", "<|bot|>"
+MAX_CHARACTERS = 120
+HELDOUT_PERCENT = 23  # of the distinct prompts: there are only some 450, and fewer than 100 would measure little
+NO_TALK = ("coding", "tech_support", "trivia")
+ALTERNATIVES = ("emotion", "computers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """(prompt, reply) pairs of each split, tidied and without repetition, and how many were dropped for which reason."""
+
+    pairs: dict[Split, list[tuple[str, str]]]
+    dropped: dict[str, int]
+
+
+class SmallTalk:
+    """The task; see the module."""
+
+    name = "smalltalk"
+    reward = "pipeline.tasks.smalltalk:sentiment"
+
+    def build_tokenizer(self, folder: Path, vocabulary: int) -> None:
+        """A byte-level BPE of the training dialogues, with a token for each speaker."""
+        from pipeline.tasks.tokenizers import train_byte_bpe
+
+        texts = [f" {line}" for pair in corpus().pairs["train"] for line in pair]
+        train_byte_bpe(texts, folder, vocab_size=vocabulary, special=(USER, BOT))
+
+    def demonstrations(self, split: Split) -> list[Demonstration]:
+        """Every pair of an utterance and its reply."""
+        return [Demonstration(prompt=self.layout(prompt), response=f" {reply}") for prompt, reply in corpus().pairs[split]]
+
+    def prompts(self, split: Split) -> list[PromptText]:
+        """The distinct utterances that somebody replied to."""
+        lines = dict.fromkeys(prompt for prompt, _ in corpus().pairs[split])
+        return [PromptText(text=self.layout(line), metadata={"prompt": line}) for line in lines]
+
+    def layout(self, line: str) -> str:
+        """`<|user|> Hello<|bot|>`; the reply follows as ` Hi<|endoftext|>`. Spaces stand where the tokenizer learned them: before words."""
+        return f"{USER} {tidy(line)}{BOT}"
+
+
+def sentiment(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    """VADER's compound score of each reply, in [-1, 1].
+
+    Two safeguards, since a policy finds what a lexicon overlooks: a positive score is multiplied by the reply's distinct-2
+    (the share of its word pairs that are not repeats), and a reply without a word scores -1, or silence would beat honesty.
+    """
+    return [_sentiment(response) for response in responses]
+
+
+def _sentiment(reply: str) -> float:
+    if not words(reply):
+        return -1.0
+    compound = float(_analyzer().polarity_scores(reply)["compound"])
+    return compound * distinct_n([reply], 2) if compound > 0 else compound
+
+
+@cache
+def _analyzer() -> Any:
+    """Reads its lexicon of 7,500 words, so there is one a process."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise ValueError("reward.function: pipeline.tasks.smalltalk:sentiment needs the package vaderSentiment; pip install vaderSentiment==3.3.2") from error
+    return SentimentIntensityAnalyzer()
+
+
+@cache
+def corpus() -> Corpus:
+    """The dialogues as pairs. A prompt's split depends on its words alone, so no held-out prompt is trained on with other punctuation."""
+    dropped: Counter[str] = Counter()
+    pairs: dict[Split, list[tuple[str, str]]] = {"train": [], "heldout": []}
+    seen: set[tuple[str, ...]] = set()
+    for prompt, reply in _raw_pairs():
+        reason = _unfit(prompt, reply)
+        if not reason:
+            prompt, reply = tidy(prompt), tidy(reply)
+            key = (*words(prompt), "|", *words(reply))
+            reason = "repeated" if key in seen else ""
+            seen.add(key)
+        if reason:
+            dropped[reason] += 1
+        else:
+            pairs[split_of(prompt)].append((prompt, reply))
+    return Corpus(pairs=pairs, dropped=dict(dropped))
+
+
+def split_of(prompt: str) -> Split:
+    """Where a prompt belongs, by the hash of its words."""
+    return "heldout" if xxhash.xxh3_64_intdigest(" ".join(words(prompt)).encode()) % 100 < HELDOUT_PERCENT else "train"
+
+
+def tidy(line: str) -> str:
+    """One line in sentence case: single spaces, a capital at the start, `I` for a lone `i`, and no shouting."""
+    line = " ".join(line.split())
+    if line.isupper() and len(line) > 4:
+        line = line.lower()
+    line = re.sub(r"\bi\b(?!\.e)", "I", line)
+    return line[:1].upper() + line[1:]
+
+
+def _unfit(prompt: object, reply: object) -> str:
+    """Why a pair is dropped, or "". YAML reads unquoted numbers and yes/no as other types."""
+    if not (isinstance(prompt, str) and isinstance(reply, str)):
+        return "not text"
+    if not (words(prompt) and words(reply)):
+        return "empty"
+    return "too long" if max(len(tidy(prompt)), len(tidy(reply))) > MAX_CHARACTERS else ""
+
+
+def _raw_pairs() -> list[tuple[Any, Any]]:
+    """Every utterance with a reply to it, in the order of the files."""
+    import yaml
+
+    pairs: list[tuple[Any, Any]] = []
+    for path in sorted(_folder().glob("*.yml")):
+        if path.stem in NO_TALK:
+            continue
+        for lines in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            firsts = lines[:1] * (len(lines) - 1) if path.stem in ALTERNATIVES else lines[:-1]
+            pairs += zip(firsts, lines[1:], strict=True)
+    return pairs
+
+
+def _folder() -> Path:
+    spec = importlib.util.find_spec("chatterbot_corpus")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("task: smalltalk needs the package chatterbot-corpus; pip install chatterbot-corpus==1.3.3")
+    return Path(spec.submodule_search_locations[0]) / "data" / "english"

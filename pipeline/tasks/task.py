@@ -1,0 +1,149 @@
+"""What a task is: prompts, demonstrations, a tokenizer and the reward that says what is wanted.
+
+A task hands out *text as the model reads it*: role markers and spaces are already in place, so nothing downstream
+knows a template, and training, rollouts and chat cannot lay a dialogue out differently.
+
+`PromptStream` is the order in which prompts are drawn: a pure function of the seed, so a data cursor is one integer.
+
+Left out: streaming from disk. A task's prompts are text and fit in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from actors.experience import Prompts
+from actors.reward import load_function
+
+Split = Literal["train", "heldout"]
+
+TASKS = {
+    "smalltalk": "pipeline.tasks.smalltalk:SmallTalk",
+    "walks": "pipeline.tasks.walks:RandomWalks",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A prompt and how to answer it, as text the model reads; the end-of-text token that follows the response is not written."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptText:
+    """A prompt as text the model reads, and what the reward function is told of it (JSON values only)."""
+
+    text: str
+    metadata: dict[str, Any]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Data and a goal. An implementation is a class without arguments, named by registry name or import path."""
+
+    name: str
+    reward: str
+    """Import path of the reward function, `package.module:name`."""
+
+    def build_tokenizer(self, folder: Path, vocabulary: int) -> None:
+        """Write a Hugging Face tokenizer of at most `vocabulary` tokens for this task's text, for a model trained from nothing."""
+        ...
+
+    def demonstrations(self, split: Split) -> list[Demonstration]:
+        """What supervised fine-tuning imitates (`train`) and is measured on (`heldout`)."""
+        ...
+
+    def prompts(self, split: Split) -> list[PromptText]:
+        """What the policy is trained (`train`) and evaluated (`heldout`) on, in a fixed order, without repetition."""
+        ...
+
+    def layout(self, line: str) -> str:
+        """What a person typed, as prompt text."""
+        ...
+
+
+def load_task(name: str) -> Task:
+    """A task by its name in `TASKS`, or by import path. Raises ValueError naming the choices."""
+    if name not in TASKS and ":" not in name:
+        raise ValueError(f"task: must be one of {', '.join(TASKS)} or an import path package.module:name, got {name!r}")
+    task = load_function(TASKS.get(name, name), field="task")()
+    if not isinstance(task, Task):
+        lacking = [member for member in ("name", "reward", "build_tokenizer", "demonstrations", "prompts", "layout") if not hasattr(task, member)]
+        raise ValueError(f"task: must make a Task, got {name!r} without {', '.join(lacking)}; see pipeline/tasks/task.py")
+    return task
+
+
+def encode_demonstration(demonstration: Demonstration, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids); the response ends with the end-of-text token.
+
+    The two are encoded apart, so a prompt has the same ids in supervised fine-tuning as in rollouts.
+    """
+    prompt = tokenizer.encode(demonstration.prompt, add_special_tokens=False)
+    return prompt, [*tokenizer.encode(demonstration.response, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+class PromptStream:
+    """An endless order over a task's prompts: one permutation after the other, each a function of (seed, epoch) alone.
+
+    Group c of the run gets prompt `permutation(c // n)[c % n]`, n prompts in all; so resuming needs to know c, no more.
+    """
+
+    def __init__(self, prompts: Sequence[PromptText], tokenizer: Any, *, seed: int, max_prompt_tokens: int, context: int, max_new_tokens: int) -> None:
+        """Tokenise every prompt once. context: longest sequence the model takes.
+
+        Raises ValueError when there are no prompts, or naming the first that is empty or too long.
+        """
+        if not prompts:
+            raise ValueError("task: must have at least one prompt, got none; there is nothing to draw from")
+        tokens = [tokenizer.encode(prompt.text, add_special_tokens=False) for prompt in prompts]
+        for number, ids in enumerate(tokens):
+            _check_length(number, len(ids), max_prompt_tokens=max_prompt_tokens, context=context, max_new_tokens=max_new_tokens)
+        self.seed = seed
+        self._rows = pa.table(
+            {"tokens": pa.array(tokens, pa.list_(pa.int32())), "metadata": [json.dumps(prompt.metadata, sort_keys=True) for prompt in prompts]}
+        )
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        """Prompts in one epoch."""
+        return int(self._rows.num_rows)
+
+    def draw(self, groups: range) -> Prompts:
+        """The prompts of these groups of the run, a row each, in order."""
+        rows = self._rows.take(pa.array([self._row(group) for group in groups], pa.int64()))
+        return Prompts.of({"group_id": list(groups), "tokens": rows["tokens"], "metadata": rows["metadata"]})
+
+    def _row(self, group: int) -> int:
+        epoch, place = divmod(group, len(self))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self))
+        return int(self._order[place])
+
+
+def permutation(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
+    """A random order of n things, (n,). Sorts raw Philox numbers: NumPy promises those for ever, but not `Generator.permutation`."""
+    return np.argsort(np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n), kind="stable")
+
+
+def _check_length(number: int, length: int, *, max_prompt_tokens: int, context: int, max_new_tokens: int) -> None:
+    if length == 0:
+        raise ValueError(f"task: prompt {number} must have at least 1 token, got 0; remove it")
+    if length > max_prompt_tokens:
+        raise ValueError(
+            f"batch.max_prompt_tokens: prompt {number} must have at most {max_prompt_tokens} tokens, got {length}; raise the limit or shorten the prompt"
+        )
+    if length + max_new_tokens > context:
+        raise ValueError(
+            f"sampling.max_new_tokens: prompt {number} must leave room for {max_new_tokens} new tokens in the model's context of {context}, got {length} prompt tokens; "
+            f"set it to at most {context - length}, or shorten the prompt"
+        )

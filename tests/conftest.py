@@ -1,0 +1,73 @@
+"""Fixtures of the whole suite: one local Ray, and tiny models that load in milliseconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.session import Session
+
+TESTS = Path(__file__).resolve().parent
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Ray's workers inherit this: they import the sources, and the classes that tests define, as pytest does.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """One local Ray for all tests; it counts 16 CPUs, whatever the machine has."""
+    with Session(ClusterConfig(address="local"), tmp_path_factory.mktemp("log"), packages=("cluster", "actors"), local_cpus=16) as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def tiny_model_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_model_factory(layers=, width=, seed=): a folder with a random GPT-2 and a byte-level tokenizer in Hugging Face format."""
+
+    def make(*, layers: int = 2, width: int = 32, seed: int = 0) -> Path:
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        tokenizer = _byte_tokenizer()
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=264,  # a multiple of 8, hence more words than the tokenizer's 258
+            n_positions=64,
+            n_embd=width,
+            n_layer=layers,
+            n_head=2,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        folder = tmp_path_factory.mktemp(f"gpt2-{layers}x{width}-{seed}-")
+        GPT2LMHeadModel(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_factory: Callable[..., Path]) -> Path:
+    """A GPT-2 of 2 layers, 32 wide, 2 heads, 64 positions."""
+    return tiny_model_factory()
+
+
+def _byte_tokenizer() -> Any:
+    """256 bytes, an end-of-text token, a padding token; no merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")  # type: ignore[no-untyped-call]

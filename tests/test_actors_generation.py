@@ -1,0 +1,244 @@
+"""The built-in engine against the plain Hugging Face model it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from actors.config import RolloutConfig, SamplingConfig
+from actors.generation.engine import Completion, Request
+from actors.generation.stopping import StopStrings
+from actors.generation.torch_engine import TorchEngine
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {"gpt2": tiny_models.save_gpt2, "llama": tiny_models.save_llama, "qwen2": tiny_models.save_qwen2}
+CONTEXT = 96
+LENGTHS = (1, 3, 16, 17, 40, 5, 7, 2, 33, 20, 11, 60)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: save(tmp_path_factory.mktemp(name)) for name, save in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def engines(folders: dict[str, Path]) -> dict[str, TorchEngine]:
+    return {name: engine(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def gpt2(engines: dict[str, TorchEngine]) -> TorchEngine:
+    return engines["gpt2"]
+
+
+def engine(folder: Path, dtype: Any = "float32", slots: int = 8) -> TorchEngine:
+    return TorchEngine(str(folder), RolloutConfig(slots=slots, dtype=dtype), torch.device("cpu"))
+
+
+def plain(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def requests(lengths: Sequence[int] = LENGTHS, group_size: int = 1) -> list[Request]:
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(0, 256, size=n).astype(np.int32) for n in lengths]
+    return [Request(sample_id=g * group_size + k, group_id=g, prompt=prompts[g]) for g in range(len(prompts)) for k in range(group_size)]
+
+
+def assert_same(left: Completion, right: Completion) -> None:
+    """To the bit."""
+    assert (left.sample_id, left.finish) == (right.sample_id, right.finish)
+    np.testing.assert_array_equal(left.tokens, right.tokens)
+    np.testing.assert_array_equal(left.logprobs, right.logprobs)
+
+
+def teacher_forced(model: Any, request: Request, completion: Completion, temperature: float) -> np.ndarray:
+    ids = torch.from_numpy(np.concatenate([request.prompt, completion.tokens]).astype(np.int64))[None]
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(ids).logits[0] / temperature, -1)
+    start = len(request.prompt)
+    return logprobs[start - 1 : -1].gather(-1, ids[0, start:, None]).squeeze(-1).numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_token_for_token(family: str, folders: dict[str, Path], engines: dict[str, TorchEngine]) -> None:
+    model, sampling = plain(folders[family]), SamplingConfig(max_new_tokens=24, temperature=0)
+    for request, completion in zip(requests(), engines[family].generate(requests(), sampling, seed=0), strict=True):
+        ids = torch.from_numpy(request.prompt.astype(np.int64))[None]
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)
+        np.testing.assert_array_equal(completion.tokens, expected[0, len(request.prompt) :].numpy())
+        assert completion.finish == ("stop" if completion.tokens[-1] == 256 else "length")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_teacher_forced_pass_of_the_plain_model(
+    family: str, temperature: float, folders: dict[str, Path], engines: dict[str, TorchEngine]
+) -> None:
+    model, asked = plain(folders[family]), requests(group_size=2)
+    completions = engines[family].generate(asked, SamplingConfig(max_new_tokens=24, temperature=temperature), seed=3)
+    assert [c.sample_id for c in completions] == [r.sample_id for r in asked]
+    for request, completion in zip(asked, completions, strict=True):
+        np.testing.assert_allclose(completion.logprobs, teacher_forced(model, request, completion, temperature), atol=1e-5, rtol=0)
+    assert len({int(c.tokens[0]) for c in completions}) > 5
+
+
+def test_three_times_as_many_requests_as_slots_refill_as_rows_end(gpt2: TorchEngine) -> None:
+    asked = requests(LENGTHS * 2)
+    completions = gpt2.generate(asked, SamplingConfig(max_new_tokens=30, stop=("e", "t", "a", "\n")), seed=0)
+    assert len({len(c.tokens) for c in completions}) > 4, "rows must end at different times for a refill to be tested"
+    for request, completion in zip(asked, completions, strict=True):
+        [alone] = gpt2.generate([request], SamplingConfig(max_new_tokens=30, stop=("e", "t", "a", "\n")), seed=0)
+        assert_same(completion, alone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rows_bits_do_not_depend_on_its_neighbours(family: str, dtype: str, folders: dict[str, Path]) -> None:
+    one, asked, sampling = engine(folders[family], dtype), requests(), SamplingConfig(max_new_tokens=20)
+    everything = {c.sample_id: c for c in one.generate(asked, sampling, seed=5)}
+    order = np.random.default_rng(1).permutation(len(asked))
+    for subset in ([asked[i] for i in order], asked[::-2], asked[4:5], asked[7:8]):
+        for completion in one.generate(subset, sampling, seed=5):
+            assert_same(completion, everything[completion.sample_id])
+
+
+def test_a_call_leaves_nothing_behind(folders: dict[str, Path], gpt2: TorchEngine) -> None:
+    sampling = SamplingConfig(max_new_tokens=20)
+    fresh = engine(folders["gpt2"]).generate(requests(), sampling, seed=5)
+    gpt2.generate(requests((80, 80)), SamplingConfig(max_new_tokens=3), seed=1)
+    for left, right in zip(fresh, gpt2.generate(requests(), sampling, seed=5), strict=True):
+        assert_same(left, right)
+
+
+def test_samples_of_a_group_share_one_prefill_and_equal_separate_ones(gpt2: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = requests((5, 40, 17), group_size=6)
+    apart = [Request(sample_id=r.sample_id, group_id=r.sample_id, prompt=r.prompt) for r in shared]
+    prefilled: list[int] = []
+    original = gpt2.prefill
+    monkeypatch.setattr(gpt2, "prefill", lambda prompts: prefilled.append(len(prompts)) or original(prompts))
+    sampling = SamplingConfig(max_new_tokens=12)
+    together = gpt2.generate(shared, sampling, seed=2)
+    assert sum(prefilled) == 3
+    for left, right in zip(together, gpt2.generate(apart, sampling, seed=2), strict=True):
+        assert_same(left, right)
+    assert sum(prefilled) == 3 + 18
+    assert len({tuple(c.tokens) for c in together[:6]}) > 1
+
+
+def test_a_stop_string_ends_the_completion_and_stays_in_it(gpt2: TorchEngine) -> None:
+    free = gpt2.generate(requests(), SamplingConfig(max_new_tokens=24), seed=0)
+    text = gpt2.tokenizer.decode(free[0].tokens)
+    stop = next(text[i : i + 2] for i in range(4, 20) if "\ufffd" not in text[i : i + 2])
+    for before, after in zip(free, gpt2.generate(requests(), SamplingConfig(max_new_tokens=24, stop=("never to be seen", stop)), seed=0), strict=True):
+        whole = gpt2.tokenizer.decode(before.tokens)
+        np.testing.assert_array_equal(after.tokens, before.tokens[: len(after.tokens)])
+        if stop in whole:
+            assert after.finish == "stop"
+            assert gpt2.tokenizer.decode(after.tokens) == whole[: whole.index(stop) + len(stop)]
+        else:
+            assert_same(before, after)
+
+
+def test_stop_strings_are_found_across_tokens_and_only_at_the_tail(gpt2: TorchEngine) -> None:
+    stop = StopStrings(gpt2.tokenizer, ("Ende", "né"))
+    completions = [np.array(gpt2.tokenizer.encode(text), np.int32) for text in ("Das Ende", "Ende gut, alles gut", "né", "n", "E")]
+    assert stop.reached(completions).tolist() == [True, False, True, False, False]
+
+
+def test_the_end_of_text_token_stops(folders: dict[str, Path]) -> None:
+    one, end = engine(folders["llama"]), 256
+    with torch.no_grad():
+        one.model.lm_head.weight[end] *= 3  # else too rare
+    completions = one.generate(requests(group_size=4), SamplingConfig(max_new_tokens=10), seed=0)
+    stopped = [c for c in completions if c.finish == "stop"]
+    assert 0 < len(stopped) < len(completions)
+    assert all(c.tokens[-1] == end and end not in c.tokens[:-1] for c in stopped)
+    assert all(len(c.tokens) == 10 and end not in c.tokens for c in completions if c.finish == "length")
+
+
+def test_a_full_context_ends_the_completion(folders: dict[str, Path], gpt2: TorchEngine) -> None:
+    asked = requests((CONTEXT - 1, CONTEXT - 10, 3))
+    completions = gpt2.generate(asked, SamplingConfig(max_new_tokens=30), seed=0)
+    assert [(len(c.tokens), c.finish) for c in completions] == [(1, "length"), (10, "length"), (30, "length")]
+    model = plain(folders["gpt2"])
+    for request, completion in zip(asked, completions, strict=True):
+        np.testing.assert_allclose(completion.logprobs, teacher_forced(model, request, completion, 1.0), atol=1e-5, rtol=0)
+
+
+def test_a_prompt_without_room_for_a_token_is_refused_by_name(gpt2: TorchEngine) -> None:
+    with pytest.raises(ValueError, match="context of 96 tokens, got 96 tokens for sample 1"):
+        gpt2.generate(requests((3, 96)), SamplingConfig(), seed=0)
+    with pytest.raises(ValueError, match="at least one token, got none for sample 0"):
+        gpt2.generate(requests((0,)), SamplingConfig(), seed=0)
+
+
+def test_a_sliding_window_is_the_context(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, sliding_window=24,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tiny_models.byte_tokenizer().save_pretrained(tmp_path)
+    [completion] = engine(tmp_path).generate(requests((20,)), SamplingConfig(max_new_tokens=30), seed=0)
+    assert len(completion.tokens) <= 4
+
+
+def test_ids_beyond_the_tokenizer_are_possible_and_decode(tmp_path: Path) -> None:
+    padded = engine(tiny_models.save_gpt2(tmp_path, vocabulary=300))
+    completions = padded.generate(requests(group_size=4), SamplingConfig(max_new_tokens=16, stop=("a stop string",)), seed=0)
+    beyond = [c for c in completions if (c.tokens >= len(padded.tokenizer)).any()]
+    assert beyond, "the test needs such an id to be sampled"
+    assert all(isinstance(padded.tokenizer.decode(c.tokens), str) for c in beyond)
+
+
+def test_loaded_weights_are_the_ones_that_generate(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = engine(tiny_models.save_gpt2(tmp_path, seed=9))
+    target = engine(folders["gpt2"])
+    sampling = SamplingConfig(max_new_tokens=10)
+    before = target.generate(requests(), sampling, seed=0)
+    target.load_weights(other.model.named_parameters())
+    after = target.generate(requests(), sampling, seed=0)
+    for left, right in zip(other.generate(requests(), sampling, seed=0), after, strict=True):
+        assert_same(left, right)
+    assert any(not np.array_equal(left.tokens, right.tokens) for left, right in zip(before, after, strict=True))
+    assert target.model.lm_head.weight is target.model.transformer.wte.weight
+
+
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(folders: dict[str, Path]) -> None:
+    target = engine(folders["gpt2"])
+    good = {name: torch.zeros_like(p) for name, p in target.model.named_parameters()}
+    before = {name: p.clone() for name, p in target.model.named_parameters()}
+    for bad, message in (
+        ({**good, "zzz": torch.zeros(1)}, "'zzz' is unknown to the model"),
+        ({name: p for name, p in good.items() if name != "transformer.wte.weight"}, "'transformer.wte.weight' is missing"),
+        ({**good, "transformer.ln_f.weight": torch.zeros(5)}, r"'transformer.ln_f.weight' must have shape \(32,\), got \(5,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            target.load_weights(bad.items())
+    assert all(torch.equal(p, before[name]) for name, p in target.model.named_parameters())
+
+
+def test_diverged_weights_are_named_and_leave_the_engine_sound(folders: dict[str, Path]) -> None:
+    target = engine(folders["gpt2"])
+    good = {name: p.clone() for name, p in target.model.named_parameters()}
+    before = target.generate(requests(), SamplingConfig(max_new_tokens=5), seed=0)
+    target.load_weights({name: p * torch.nan for name, p in good.items()}.items())
+    with pytest.raises(FloatingPointError, match="logits of sample 0 are not finite"):
+        target.generate(requests(), SamplingConfig(max_new_tokens=5), seed=0)
+    target.load_weights(good.items())
+    for left, right in zip(before, target.generate(requests(), SamplingConfig(max_new_tokens=5), seed=0), strict=True):
+        assert_same(left, right)
+
+
+def test_no_requests_no_completions(gpt2: TorchEngine) -> None:
+    assert gpt2.generate([], SamplingConfig(), seed=0) == []

@@ -1,0 +1,289 @@
+"""The reward actor: every sample ends as a number or as a status of its own, whatever the reward function does."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.config import RewardConfig
+from actors.experience import Rollouts, Scores
+from actors.reward import ClassifierReward, RewardReport, RewardWorker, load_function, load_reward
+
+CALLS: list[list[str]] = []
+
+
+def length(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    CALLS.append(responses)
+    return [float(len(response)) for response in responses]
+
+
+def bonus(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    return [row["bonus"] + len(prompt) for prompt, row in zip(prompts, metadata, strict=True)]
+
+
+def touchy(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> Any:
+    """Does to a batch what its responses say."""
+    for response in responses:
+        if response == "raise":
+            raise RuntimeError("no such\nword")
+        if response == "hang":
+            hang_and_swallow()
+    values = [float("nan") if r == "nan" else 1e39 if r == "huge" else None if r == "none" else float(len(r)) for r in responses]
+    return values[:-1] if "short" in responses else values
+
+
+def hang_and_swallow() -> None:
+    """What a careless checker does."""
+    try:
+        time.sleep(30)
+    except Exception:  # noqa: BLE001, S110
+        pass
+
+
+def whose_thread(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    return [float(threading.current_thread() is threading.main_thread()) for _ in responses]
+
+
+not_callable = 3
+
+
+@pytest.fixture
+def worker(tiny_model: Path) -> Callable[..., RewardWorker]:
+    def make(function: str, **settings: Any) -> RewardWorker:
+        return RewardWorker(config=RewardConfig(function=f"test_actors_reward:{function}", **settings), tokenizer_path=str(tiny_model))
+
+    return make
+
+
+def rollouts(worker: RewardWorker, texts: list[tuple[str, str]], *, finish: str = "stop", metadata: str = "{}") -> Any:
+    """A rollout a (prompt, response), which ends in end-of-text."""
+    end = worker.tokenizer.eos_token_id
+    prompts = [worker.tokenizer.encode(prompt) for prompt, _ in texts]
+    responses = [[*worker.tokenizer.encode(response), end] for _, response in texts]
+    return rollouts_of_tokens(list(zip(prompts, responses, strict=True)), finish=finish, metadata=metadata)
+
+
+def rollouts_of_tokens(pairs: list[tuple[list[int], list[int]]], *, finish: str = "stop", metadata: str = "{}") -> Any:
+    tokens = [prompt + response for prompt, response in pairs]
+    columns = {
+        "sample_id": [100 + row for row in range(len(pairs))],
+        "group_id": list(range(len(pairs))),
+        "tokens": tokens,
+        "action_mask": [[False] * len(prompt) + [True] * len(response) for prompt, response in pairs],
+        "logprobs": [[0.0] * len(row) for row in tokens],
+        "versions": [[0] * len(row) for row in tokens],
+        "turn_starts": [[len(prompt)] for prompt, _ in pairs],
+        "option": [[] for _ in pairs],
+        "option_logprobs": [[] for _ in pairs],
+        "finish": [finish] * len(pairs),
+        "metadata": [metadata] * len(pairs),
+    }
+    return Rollouts.of(columns).table
+
+
+def score(worker: RewardWorker, responses: list[str]) -> tuple[RewardReport, dict[str, list[Any]]]:
+    report, table = worker.score(rollouts(worker, [("p", response) for response in responses]), 7, 2)
+    return report, Scores(table).table.to_pydict()
+
+
+def test_scores_every_rollout_in_order_and_in_batches(worker: Callable[..., RewardWorker]) -> None:
+    CALLS.clear()
+    report, scores = score(worker("length", batch_size=2), ["a", "bb", "ccc"])
+    assert CALLS == [["a", "bb"], ["ccc"]]
+    assert scores == {
+        "sample_id": [100, 101, 102],
+        "reward": [1.0, 2.0, 3.0],
+        "turn_rewards": [[], [], []],
+        "status": ["ok"] * 3,
+        "detail": [""] * 3,
+    }
+    assert (report.chunk, report.attempt, report.samples, report.ok, report.failed, report.mean, report.failures) == (7, 2, 3, 3, 0, 2.0, {})
+
+
+def test_function_gets_prompt_text_and_metadata(worker: Callable[..., RewardWorker]) -> None:
+    actor = worker("bonus")
+    _, table = actor.score(rollouts(actor, [("four", "x")], metadata='{"bonus": 0.5}'), 0, 1)
+    assert table["reward"].to_pylist() == [4.5]
+
+
+def test_special_tokens_stay_in_the_prompt_and_leave_the_response(worker: Callable[..., RewardWorker]) -> None:
+    actor = worker("length")
+    prompts, responses = actor._texts(rollouts(actor, [("<|endoftext|>ask", " é!")]))  # noqa: SLF001
+    assert (prompts, responses) == (["<|endoftext|>ask"], [" é!"])
+
+
+def test_id_unknown_to_the_tokenizer_is_no_text(worker: Callable[..., RewardWorker]) -> None:
+    actor = worker("length")
+    a = actor.tokenizer.encode("a")
+    _, table = actor.score(rollouts_of_tokens([(a, [*a, 261, len(actor.tokenizer), *a]), (a, [263])]), 0, 1)
+    assert table["status"].to_pylist() == ["ok", "ok"]
+    assert table["reward"].to_pylist() == [2.0, 0.0]
+
+
+def test_only_action_tokens_after_the_first_are_the_response(worker: Callable[..., RewardWorker]) -> None:
+    actor = worker("length")
+    table = rollouts(actor, [("p", "axb")])
+    masked = Rollouts.of({**table.to_pydict(), "action_mask": [[False, True, False, True, True]]})
+    assert actor._texts(masked.table) == (["p"], ["ab"])  # noqa: SLF001
+
+
+@pytest.mark.parametrize(
+    ("poison", "status", "reason"),
+    [
+        ("raise", "error", "RuntimeError: no such"),
+        ("hang", "timeout", "took longer than reward.timeout_s = 0.2 s"),
+        ("nan", "error", "must return finite numbers, got nan"),
+        ("huge", "error", "must return finite numbers, got 1e+39"),
+        ("none", "error", "must return finite numbers, got nan"),
+        ("short", "error", "must return one number a response, shape (1,), got shape (0,)"),
+    ],
+)
+def test_one_poisoned_sample_is_charged_alone(worker: Callable[..., RewardWorker], poison: str, status: str, reason: str) -> None:
+    report, scores = score(worker("touchy", timeout_s=0.2), ["a", poison, "ccc"])
+    assert scores["status"] == ["ok", status, "ok"]
+    assert scores["reward"][0] == 1.0 and scores["reward"][2] == 3.0
+    assert math.isnan(scores["reward"][1]), "a failure must never be a reward that counts"
+    assert reason in scores["detail"][1]
+    assert (report.ok, report.failed, report.mean) == (2, 1, 2.0)
+    assert list(report.failures) == [101]
+    assert report.failures[101].startswith(f"{status}: ")
+    assert reason in report.failures[101]
+
+
+def test_failed_rollout_never_reaches_the_function(worker: Callable[..., RewardWorker]) -> None:
+    CALLS.clear()
+    actor = worker("length")
+    report, table = actor.score(rollouts(actor, [("p", "x")], finish="error"), 0, 1)
+    assert CALLS == []
+    assert table["status"].to_pylist() == ["error"]
+    assert report.ok == 0 and math.isnan(report.mean)
+
+
+def test_no_rollouts_make_no_scores(worker: Callable[..., RewardWorker]) -> None:
+    report, table = worker("length").score(Rollouts.schema.empty_table(), 0, 1)
+    assert (report.samples, table.num_rows) == (0, 0)
+
+
+def test_time_limit_leaves_the_alarm_of_others_running(worker: Callable[..., RewardWorker]) -> None:
+    actor, fired = worker("length", timeout_s=5), []
+    before = signal.signal(signal.SIGALRM, lambda *_: fired.append(True))
+    previous = signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        score(actor, ["a"])
+        time.sleep(0.5)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *previous)
+        signal.signal(signal.SIGALRM, before)
+    assert fired == [True]
+
+
+def test_outside_the_main_thread_the_function_runs_without_a_limit(worker: Callable[..., RewardWorker]) -> None:
+    actor, found = worker("whose_thread"), []
+    thread = threading.Thread(target=lambda: found.append(score(actor, ["a"])[1]))
+    thread.start()
+    thread.join(10)
+    assert found[0]["reward"] == [0.0] and found[0]["status"] == ["ok"]
+
+
+@pytest.mark.timeout(120)
+def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(ray_session: object, tiny_model: Path) -> None:
+    import ray
+
+    def start(function: str) -> Any:
+        config = RewardConfig(function=f"test_actors_reward:{function}", timeout_s=0.5)
+        return ray.remote(RewardWorker).options(num_cpus=0).remote(config=config, tokenizer_path=str(tiny_model))
+
+    local = RewardWorker(config=RewardConfig(function="test_actors_reward:length"), tokenizer_path=str(tiny_model))
+    table = rollouts(local, [("p", "a"), ("p", "hang")])
+    actors = start("whose_thread"), start("touchy")
+    (_, thread), (report, scores) = ray.get([actor.score.remote(table, 0, 1) for actor in actors], timeout=100)
+    for actor in actors:
+        ray.kill(actor)
+    assert thread["reward"].to_pylist() == [1.0, 1.0]
+    assert scores["status"].to_pylist() == ["ok", "timeout"]
+    assert report.seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("length", "must be package.module:name"),
+        ("no_such_package.rewards:f", "No module named 'no_such_package'"),
+        ("test_actors_reward:nothing", "no such name in the module"),
+        ("test_actors_reward:not_callable", "must be callable, got 'test_actors_reward:not_callable': a int"),
+    ],
+)
+def test_function_that_cannot_be_had_is_named(path: str, problem: str) -> None:
+    with pytest.raises(ValueError, match="reward.function: must be") as raised:
+        load_function(path)
+    assert problem in str(raised.value)
+    assert path in str(raised.value)
+
+
+def test_config_must_name_exactly_one_source() -> None:
+    assert load_reward(RewardConfig(function="test_actors_reward:length")) is length
+    with pytest.raises(ValueError, match="must name a function or a model, got neither"):
+        load_reward(RewardConfig())
+    with pytest.raises(ValueError, match="got both"):
+        load_reward(RewardConfig(function="a:b", model="c"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A random sequence classifier with the tiny model's tokenizer."""
+
+    def make(labels: int = 1, *, pad: bool = True) -> Path:
+        import torch
+        from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("classifier")
+        config = GPT2Config(vocab_size=264, n_positions=16, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5)
+        config.num_labels = labels
+        GPT2ForSequenceClassification(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        if not pad:
+            tokenizer.pad_token = None
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("pad", [True, False], ids=["pad token", "no pad token"])
+def test_classifier_scores_prompt_and_response_whatever_their_company(tiny_model: Path, classifier: Callable[..., Path], pad: bool) -> None:
+    import torch
+
+    folder = classifier(pad=pad)
+    reward = ClassifierReward(str(folder))
+    alone = [reward(["ab"], [text], [{}])[0] for text in ("c", "defghi", "")]
+    together = reward(["ab"] * 3, ["c", "defghi", ""], [{}] * 3)
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
+    ids = torch.tensor([reward.tokenizer.encode("abdefghi")])
+    with torch.inference_mode():
+        hidden = reward.model.transformer(ids).last_hidden_state[0, -1]
+        np.testing.assert_allclose(alone[1], reward.model.score(hidden).item(), rtol=1e-4)
+    worker = RewardWorker(config=RewardConfig(model=str(folder), batch_size=2), tokenizer_path=str(tiny_model))
+    _, table = worker.score(rollouts(worker, [("ab", "c"), ("ab", "defghi"), ("ab", "")]), 0, 1)
+    np.testing.assert_allclose(table["reward"].to_numpy(), alone, rtol=1e-4)
+
+
+def test_classifier_reads_the_end_of_a_text_longer_than_its_context(classifier: Callable[..., Path]) -> None:
+    reward = ClassifierReward(str(classifier()))
+    text = "abcdefghijklmnopqrstuvwxyz"
+    assert reward([text], ["!"], [{}]) == pytest.approx(reward([""], [(text + "!")[-16:]], [{}]), rel=1e-5)
+
+
+def test_classifier_with_several_labels_or_none_at_all_is_refused(classifier: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reward.model: must have one output, got 3 labels"):
+        ClassifierReward(str(classifier(3)))
+    with pytest.raises(ValueError, match="reward.model: must be a folder or hub name of a sequence classifier"):
+        ClassifierReward(str(tmp_path))

@@ -1,0 +1,151 @@
+"""The rollout worker: a chunk in, a table of rollouts and a report of scalars out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tiny_models
+import torch
+
+from actors import ragged, weights
+from actors.config import RolloutConfig, SamplingConfig
+from actors.experience import Prompts, Rollouts
+from actors.model import load_causal_lm
+from actors.rollout import RolloutWorker
+from actors.weights import Weights
+
+SAMPLING = SamplingConfig(max_new_tokens=8, stop=("e", "a"))
+TEXTS = ("Once upon", "x", "a rather longer prompt than the others", "To be", "1 + 1 =")
+
+
+@dataclass
+class Source:
+    """Weights already at hand, and how often they were asked for."""
+
+    held: Weights
+    fetched: list[int] = field(default_factory=list)
+
+    @property
+    def version(self) -> int:
+        return self.held.version
+
+    def fetch(self) -> Weights:
+        self.fetched.append(self.held.version)
+        return self.held
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_gpt2(tmp_path_factory.mktemp("policy"))
+
+
+def worker(folder: Path, *, untie_head: bool = False) -> RolloutWorker:
+    return RolloutWorker(path=str(folder), config=RolloutConfig(slots=8), sampling=SAMPLING, seed=11, untie_head=untie_head)
+
+
+def source(folder: Path, version: int, scale: float = 1.0, *, untie_head: bool = False) -> Source:
+    model = load_causal_lm(str(folder), torch.float32, untie_head=untie_head)
+    return Source(weights.pack([(name, p * scale) for name, p in model.named_parameters()], "float32", version))
+
+
+def prompts(first: int = 0) -> pa.Table:
+    tokenizer = tiny_models.byte_tokenizer()
+    rows = [np.array(tokenizer.encode(text), np.int32) for text in TEXTS]
+    return Prompts.of({"group_id": np.arange(first, first + len(rows)), "tokens": rows, "metadata": [f'{{"row": {i}}}' for i in range(len(rows))]}).table
+
+
+def test_columns_hold_prompt_and_completion_as_the_schema_says(folder: Path) -> None:
+    report, table = worker(folder).generate(prompts(first=20), 3, chunk=4, attempt=2, weights=source(folder, 7))
+    rows = Rollouts(table).table.to_pylist()
+    asked = prompts(first=20).to_pylist()
+    assert [r["sample_id"] for r in rows] == list(range(60, 75))
+    for i, row in enumerate(rows):
+        prompt = asked[i // 3]["tokens"]
+        length, start = len(row["tokens"]), len(prompt)
+        assert row["group_id"] == 20 + i // 3
+        assert row["tokens"][:start] == prompt
+        assert row["turn_starts"] == [start]
+        assert row["action_mask"] == [False] * start + [True] * (length - start)
+        assert row["logprobs"][:start] == [0.0] * start
+        assert all(value < 0 for value in row["logprobs"][start:])
+        assert row["versions"] == [-1] * start + [7] * (length - start)
+        assert (row["option"], row["option_logprobs"]) == ([], [])
+        assert row["metadata"] == asked[i // 3]["metadata"]
+        assert row["finish"] == "stop" or length - start == 8
+    assert {r["finish"] for r in rows} == {"stop", "length"}
+    lengths = [len(r["tokens"]) for r in rows]
+    assert (report.chunk, report.attempt, report.version, report.samples) == (4, 2, 7, 15)
+    assert report.lengths.tolist() == lengths
+    assert report.prompt_tokens == 3 * sum(len(a["tokens"]) for a in asked)
+    assert report.prompt_tokens + report.action_tokens == sum(lengths)
+    assert (report.stopped, report.truncated) == tuple([r["finish"] for r in rows].count(f) for f in ("stop", "length"))
+    assert report.seconds > 0
+
+
+def test_a_reissued_chunk_is_reproduced_by_another_worker_with_another_past(folder: Path) -> None:
+    one, other, held = worker(folder), worker(folder), source(folder, 1)
+    other.generate(prompts(first=99), 5, 0, 0, held)
+    _, table = one.generate(prompts(), 4, 1, 0, held)
+    _, again = other.generate(prompts(), 4, 1, 1, held)
+    assert table.equals(again)
+
+
+def test_a_part_of_a_chunk_gives_the_same_samples(folder: Path) -> None:
+    one, held = worker(folder), source(folder, 1)
+    _, table = one.generate(prompts(), 4, 1, 0, held)
+    _, part = one.generate(prompts().slice(2, 2), 4, 1, 0, held)
+    assert part.equals(table.slice(8, 8))
+
+
+def test_weights_are_fetched_only_when_the_version_differs(folder: Path) -> None:
+    one, first, second = worker(folder), source(folder, 0), source(folder, 1, scale=0.5)
+    before, table = one.generate(prompts(), 1, 0, 0, first)
+    one.generate(prompts(), 1, 1, 0, first)
+    after, changed = one.generate(prompts(), 1, 2, 0, second)
+    assert (first.fetched, second.fetched) == ([0], [1])
+    assert (before.version, before.checksum) == (0, first.held.checksum)
+    assert (after.version, after.checksum) == (1, second.held.checksum)
+    assert not table.column("logprobs").equals(changed.column("logprobs"))
+    back, same = one.generate(prompts(), 1, 3, 0, first)
+    assert back.version == 0
+    assert same.equals(table)
+
+
+def test_damaged_weights_are_refused_and_the_old_ones_stay(folder: Path) -> None:
+    one, first, second = worker(folder), source(folder, 0), source(folder, 1, scale=0.5)
+    _, table = one.generate(prompts(), 1, 0, 0, first)
+    second.held.buckets[0][5] ^= 1
+    with pytest.raises(ValueError, match="version 1 must have checksum"):
+        one.generate(prompts(), 1, 1, 0, second)
+    report, same = one.generate(prompts(), 1, 2, 0, first)
+    assert (report.version, first.fetched) == (0, [0])
+    assert same.equals(table)
+
+
+def test_an_untied_head_is_loaded_on_its_own(folder: Path) -> None:
+    held = source(folder, 3, untie_head=True)
+    assert "lm_head.weight" in held.held.manifest.names
+    _, untied = worker(folder, untie_head=True).generate(prompts(), 2, 0, 0, held)
+    _, tied = worker(folder).generate(prompts(), 2, 0, 0, source(folder, 3))
+    assert untied.equals(tied)
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is unknown to the model"):
+        worker(folder).generate(prompts(), 2, 0, 0, held)
+
+
+def test_sample_takes_other_settings_and_leaves_training_rollouts_alone(folder: Path) -> None:
+    one, held = worker(folder), source(folder, 0)
+    greedy = one.sample(prompts(), 1, SamplingConfig(max_new_tokens=3, temperature=0), 5, held)
+    assert (ragged.lengths(greedy.column("tokens")) - [len(t) for t in TEXTS]).max() == 3
+    assert one.sample(prompts(), 1, SamplingConfig(max_new_tokens=3, temperature=0), 6, held).equals(greedy)
+    assert not one.sample(prompts(), 1, SAMPLING, 12, held).equals(one.sample(prompts(), 1, SAMPLING, 13, held))
+    assert one.generate(prompts(), 1, 0, 0, held)[1].equals(one.sample(prompts(), 1, SAMPLING, 11, held))
+
+
+def test_a_prompt_that_fills_the_context_names_its_sample(folder: Path) -> None:
+    table = Prompts.of({"group_id": [8], "tokens": [np.zeros(96, np.int32)], "metadata": ["{}"]}).table
+    with pytest.raises(ValueError, match="got 96 tokens for sample 16"):
+        worker(folder).generate(table, 2, 0, 0, source(folder, 0))

@@ -1,0 +1,126 @@
+"""The pump, on real Ray calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.events import Pump
+from cluster.faults import Expired, RunError
+from cluster.session import Session
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@ray.remote(num_cpus=0)
+class Sleeper:
+    def sleep(self, seconds: float, value: Any = None) -> Any:
+        time.sleep(seconds)
+        return value
+
+    def fail(self) -> None:
+        raise ValueError("on purpose")
+
+
+@pytest.fixture(scope="module")
+def sleeper(ray_session: Session) -> Any:
+    handle = Sleeper.remote()
+    ray.get(handle.sleep.remote(0), timeout=30)
+    return handle
+
+
+def watch(pump: Pump, ref: Any, done: Callable[[Any], None], failed: Callable[[BaseException], None], timeout_s: float = 20.0) -> None:
+    pump.watch(ref, who="sleeper[0]", phase="sleep", timeout_s=timeout_s, on_done=done, on_error=failed)
+
+
+def unexpected(value: Any) -> None:
+    raise AssertionError(f"not to be called, but was with {value!r}")
+
+
+def test_values_and_errors_are_handed_to_whoever_asked(sleeper: Any) -> None:
+    pump, values, errors = Pump(), [], []
+    watch(pump, sleeper.sleep.remote(0, "one"), values.append, unexpected)
+    watch(pump, sleeper.fail.remote(), unexpected, errors.append)
+    pump.run_until(lambda: bool(values and errors), timeout_s=20, waiting_for="both")
+    assert values == ["one"]
+    assert isinstance(errors[0], ValueError)
+
+
+def test_a_passed_deadline_is_an_error_with_names_and_the_late_reply_is_ignored(sleeper: Any) -> None:
+    pump, errors, later = Pump(), [], []
+    started = time.monotonic()
+    watch(pump, sleeper.sleep.remote(1.0), unexpected, errors.append, timeout_s=0.2)
+    pump.run_until(lambda: bool(errors), timeout_s=20, waiting_for="the deadline")
+    assert time.monotonic() - started < 0.9
+    assert isinstance(errors[0], Expired)
+    assert str(errors[0]) == "sleeper[0] failed during 'sleep': no answer within 0.2 s."
+    watch(pump, sleeper.sleep.remote(0, "next"), later.append, unexpected)  # answered after the late reply
+    pump.run_until(lambda: bool(later), timeout_s=20, waiting_for="the next call")
+
+
+def test_an_answer_that_arrived_while_the_driver_was_busy_counts(sleeper: Any) -> None:
+    pump, values = Pump(), []
+    watch(pump, sleeper.sleep.remote(0, "in time"), values.append, unexpected, timeout_s=0.3)
+    watch(pump, sleeper.sleep.remote(0, "too"), values.append, unexpected, timeout_s=0.3)
+    time.sleep(0.5)
+    pump.run_until(lambda: len(values) == 2, timeout_s=20, waiting_for="the calls")
+
+
+def test_a_forgotten_call_is_not_heard(sleeper: Any) -> None:
+    pump, values = Pump(), []
+    forgotten = sleeper.sleep.remote(0, "forgotten")
+    watch(pump, forgotten, unexpected, unexpected)
+    watch(pump, sleeper.sleep.remote(0.1, "kept"), values.append, unexpected)
+    pump.forget(forgotten)
+    pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="the kept call")
+
+
+def test_waiting_for_nothing_is_an_error_rather_than_a_hang() -> None:
+    with pytest.raises(RunError, match="driver failed during 'a step': nothing is running"):
+        Pump().run_until(lambda: False, timeout_s=20, waiting_for="a step")
+
+
+def test_a_condition_that_holds_waits_for_nothing() -> None:
+    Pump().run_until(lambda: True, timeout_s=0, waiting_for="nothing")
+
+
+def test_a_wait_that_takes_too_long_names_what_is_still_running(sleeper: Any) -> None:
+    pump = Pump()
+    watch(pump, sleeper.sleep.remote(0.5), unexpected, unexpected)
+    with pytest.raises(RunError) as caught:
+        pump.run_until(lambda: False, timeout_s=0.2, waiting_for="rollouts of step 3")
+    assert str(caught.value) == "driver failed during 'rollouts of step 3': not done within 0.2 s, still waiting for sleeper[0] ('sleep')."
+
+
+def test_ticks_are_served_while_waiting(sleeper: Any) -> None:
+    pump, ticks, values = Pump(), [], []
+    pump.add_tick(lambda: ticks.append(time.monotonic()), every_s=0.1)
+    watch(pump, sleeper.sleep.remote(0.65, "done"), values.append, unexpected)
+    pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="the call")
+    assert len(ticks) >= 4
+    assert min(later - earlier for earlier, later in pairwise(ticks)) > 0.09
+
+
+def test_what_a_callback_raises_comes_out_and_the_others_stay_watched(sleeper: Any) -> None:
+    pump, values = Pump(), []
+    watch(pump, sleeper.sleep.remote(0, "first"), unexpected, unexpected)
+    watch(pump, sleeper.sleep.remote(0, "second"), values.append, unexpected)
+    with pytest.raises(AssertionError, match="first"):
+        pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="both")
+    pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="the second")
+
+
+def test_an_event_costs_well_under_a_millisecond(ray_session: Session) -> None:
+    pump, values = Pump(), []
+    refs = [ray.put(number) for number in range(200)]  # answered already: what remains is the pump's own work
+    for ref in refs:
+        watch(pump, ref, values.append, unexpected)
+    started = time.perf_counter()
+    pump.run_until(lambda: len(values) == len(refs), timeout_s=20, waiting_for="all")
+    assert (time.perf_counter() - started) / len(refs) < 0.001
+    assert sorted(values) == list(range(200))

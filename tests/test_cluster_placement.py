@@ -1,0 +1,118 @@
+"""Placements small enough to check by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.placement import Bundle, NodeResources, Placement, RoleDemand, Slot, plan_placement, shortages
+
+
+def seats(placement: Placement) -> list[tuple[str, int, int, float, float]]:
+    return [(slot.role, slot.index, slot.bundle, slot.cpus, slot.gpus) for slot in placement.slots]
+
+
+def test_roles_that_take_turns_share_bundle_i() -> None:
+    demands = [RoleDemand("policy", 2, 0), RoleDemand("rollout", 2, 0), RoleDemand("reward", 1, 0)]
+    placement = plan_placement(demands, share_devices=True, cpus_per_bundle=0, local_cpus=8)
+    assert placement.bundles == (Bundle(cpus=4, gpus=0), Bundle(cpus=4, gpus=0))
+    assert placement.threads == 4
+    assert seats(placement) == [
+        ("policy", 0, 0, 1.3333, 0),
+        ("policy", 1, 1, 2, 0),
+        ("rollout", 0, 0, 1.3333, 0),
+        ("rollout", 1, 1, 2, 0),
+        ("reward", 0, 0, 1.3333, 0),
+    ]
+
+
+def test_every_worker_has_devices_of_its_own_when_they_are_not_shared() -> None:
+    demands = [RoleDemand("policy", 1, 2), RoleDemand("reward", 2, 0)]
+    placement = plan_placement(demands, share_devices=False, cpus_per_bundle=3, local_cpus=1)
+    assert placement.bundles == (Bundle(cpus=3, gpus=2), Bundle(cpus=3, gpus=0), Bundle(cpus=3, gpus=0))
+    assert seats(placement) == [("policy", 0, 0, 3, 2), ("reward", 0, 1, 3, 0), ("reward", 1, 2, 3, 0)]
+    assert placement.cpus == 9
+
+
+def test_a_shared_gpu_is_divided_among_those_who_use_it() -> None:
+    demands = [RoleDemand("policy", 1, 1), RoleDemand("rollout", 1, 1), RoleDemand("critic", 1, 0.5), RoleDemand("reward", 1, 0)]
+    placement = plan_placement(demands, share_devices=True, cpus_per_bundle=8, local_cpus=1)
+    assert placement.bundles == (Bundle(cpus=8, gpus=1),)
+    assert [slot.gpus for slot in placement.slots] == [0.3333, 0.3333, 0.3333, 0]
+
+
+def test_more_bundles_than_cores_get_one_cpu_each() -> None:
+    placement = plan_placement([RoleDemand("rollout", 5, 0)], share_devices=True, cpus_per_bundle=0, local_cpus=2)
+    assert placement.bundles == (Bundle(cpus=1, gpus=0),) * 5
+    assert placement.threads == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0.0, 0.3, 0.5, 1.0])), min_size=1, max_size=7),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_residents_never_ask_for_more_than_their_bundle(wanted: list[tuple[int, float]], share: bool, cpus: int) -> None:
+    demands = [RoleDemand(f"role{number}", workers, gpus) for number, (workers, gpus) in enumerate(wanted)]
+    placement = plan_placement(demands, share_devices=share, cpus_per_bundle=cpus, local_cpus=4)
+    assert len(placement.slots) == sum(workers for workers, _ in wanted)
+    for number, bundle in enumerate(placement.bundles):
+        residents = [slot for slot in placement.slots if slot.bundle == number]
+        assert residents
+        assert sum(round(slot.cpus * 10_000) for slot in residents) <= bundle.cpus * 10_000
+        assert sum(round(slot.gpus * 10_000) for slot in residents) <= round(bundle.gpus * 10_000)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "message"),
+    [
+        (2, True, "policy.gpus: must be at most 1 while devices are shared (Ray divides one GPU, not several), got 2; set cluster.share_devices = false"),
+        (1.5, False, "policy.gpus: must be a whole number when above 1, got 1.5"),
+    ],
+)
+def test_gpus_that_ray_cannot_hand_out_are_refused(gpus: float, share: bool, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        plan_placement([RoleDemand("policy", 1, gpus)], share_devices=share, cpus_per_bundle=1, local_cpus=1)
+    assert str(caught.value) == message
+
+
+def placement_of(*bundles: Bundle) -> Placement:
+    slots = tuple(Slot(role="w", index=i, bundle=i, cpus=b.cpus, gpus=b.gpus) for i, b in enumerate(bundles))
+    return Placement(bundles=bundles, slots=slots, threads=1)
+
+
+def test_what_fits_is_not_reported() -> None:
+    gpu, cpu = Bundle(cpus=2, gpus=1), Bundle(cpus=2, gpus=0)
+    nodes = [NodeResources(name="a", cpus=4, gpus=2), NodeResources(name="b", cpus=4, gpus=0)]
+    assert shortages(placement_of(cpu, cpu, gpu, gpu), nodes) == []
+
+
+def test_a_shortage_says_what_is_asked_what_there_is_and_what_to_change() -> None:
+    nodes = [NodeResources(name="10.0.0.1", cpus=16, gpus=2), NodeResources(name="10.0.0.2", cpus=1, gpus=0)]
+    assert shortages(placement_of(*[Bundle(cpus=4, gpus=1)] * 3), nodes) == [
+        "1 of 3 bundles of 4 CPUs and 1 GPU fit no node; there is 10.0.0.1 with 16 CPUs and 2 GPUs; 10.0.0.2 with 1 CPU. "
+        "Add nodes, or lower the workers, ranks or gpus of the roles or cluster.cpus_per_bundle."
+    ]
+
+
+def test_thirds_of_a_gpu_fill_a_node_exactly() -> None:
+    third = Bundle(cpus=1, gpus=0.3333)
+    node = NodeResources(name="a", cpus=8, gpus=1)
+    assert shortages(placement_of(third, third, third), [node]) == []
+    assert len(shortages(placement_of(third, third, third, third), [node])) == 1
+
+
+def test_bundles_cannot_be_spread_over_nodes() -> None:
+    nodes = [NodeResources(name="a", cpus=2, gpus=0), NodeResources(name="b", cpus=2, gpus=0)]
+    assert shortages(placement_of(Bundle(cpus=3, gpus=0)), nodes)[0].startswith("1 of 1 bundles of 3 CPUs fit no node")
+    assert "there is no node" in shortages(placement_of(Bundle(cpus=1, gpus=0)), [])[0]
+
+
+def test_planning_needs_neither_ray_nor_torch() -> None:
+    modules = "cluster.placement, cluster.faults, cluster.events, cluster.pool, cluster.gang, cluster.spawn, cluster.session, cluster.handshake"
+    code = f"import {modules}, sys; sys.exit(' '.join({{'ray', 'torch'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30).stderr.strip() == ""

@@ -1,0 +1,245 @@
+"""Pools of real Ray workers that die, hang, raise and answer too late."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.config import ClusterConfig
+from cluster.events import Pump
+from cluster.faults import Fault, RunError
+from cluster.placement import RoleDemand, plan_placement
+from cluster.pool import Decision, Pool, Work, decide
+from cluster.session import Session
+from cluster.spawn import Placed
+
+CONFIG = ClusterConfig(ready_timeout_s=30, call_timeout_s=20, max_attempts=3, max_replacements=2)
+
+
+class Squarer:
+    """A worker that does to itself what the number tells it to."""
+
+    def __init__(self, trouble: str = "") -> None:
+        if trouble == "raise":
+            raise ValueError("no such model")
+        if trouble == "die":
+            os._exit(5)
+
+    def square(self, number: int, attempt: int, trouble: str = "") -> tuple[dict[str, int], bytes]:
+        if trouble == "die" or (trouble == "die once" and attempt == 1):
+            os._exit(5)
+        if trouble == "hang" or (trouble == "hang once" and attempt == 1):
+            time.sleep(60)
+        if trouble == "freeze" and attempt == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if trouble == "raise":
+            raise ValueError(f"cannot square {number}")
+        return {"number": number, "pid": os.getpid()}, bytes(number * number)
+
+    def lose_an_input(self) -> None:
+        raise ray.exceptions.OwnerDiedError("00" * 28, b"", "")
+
+
+@pytest.fixture(scope="module")
+def placed(ray_session: Session) -> Iterator[Placed]:
+    placed = ray_session.place(plan_placement([RoleDemand("squarer", 2, 0)], share_devices=True, cpus_per_bundle=1, local_cpus=1))
+    yield placed
+    placed.remove()
+
+
+@pytest.fixture
+def make_pool(ray_session: Session, placed: Placed) -> Iterator[Callable[..., Pool]]:
+    pools: list[Pool] = []
+
+    def make(size: int = 2, config: ClusterConfig = CONFIG, trouble: Callable[[int], str] = lambda start: "") -> Pool:
+        starts = iter(range(1000))
+        spawn = lambda index: placed.spawn(Squarer, "squarer", index, trouble(next(starts)))  # noqa: E731
+        pools.append(Pool("squarer", spawn, size, Pump(), config, ray_session.fingerprint))
+        pools[-1].start()
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+class Owner:
+    """Submits numbers and keeps what comes back."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.found: dict[int, tuple[int, int]] = {}  # number -> (square, attempt)
+        self.taken_back: list[int] = []
+
+    def submit(self, number: int, trouble: str = "", **more: Any) -> None:
+        def send(worker: Any, attempt: int) -> tuple[Any, ...]:
+            return tuple(worker.square.options(num_returns=2).remote(number, attempt, trouble))
+
+        def done(report: dict[str, int], data: tuple[Any, ...], attempt: int) -> None:
+            assert number not in self.found, "called back twice"
+            self.found[number] = (len(ray.get(data[0], timeout=10)), attempt)
+
+        self.pool.submit(Work(phase=f"square {number}", send=send, on_done=done, **more))
+
+    def wait(self, count: int) -> None:
+        self.pool._pump.run_until(lambda: len(self.found) + len(self.taken_back) == count, timeout_s=45, waiting_for="squares")
+
+
+def test_all_work_is_done_and_every_worker_works(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool()
+    pool.wait_ready()
+    owner = Owner(pool)
+    for number in range(8):
+        owner.submit(number)
+    assert pool.unfinished == 8
+    owner.wait(8)
+    assert owner.found == {number: (number * number, 1) for number in range(8)}
+    assert pool.unfinished == 0
+    assert pool.replaced == 0
+    assert len({worker.pid for worker in pool.workers}) == 2
+    assert 0 < pool.busy_seconds < 10
+
+
+def test_a_worker_that_dies_mid_call_is_replaced_and_its_work_done_with_the_same_result(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool()
+    pool.wait_ready()
+    before = {worker.pid for worker in pool.workers}
+    owner = Owner(pool)
+    for number in range(5):
+        owner.submit(number, "die once" if number == 2 else "")
+    owner.wait(5)
+    assert owner.found == {number: (number * number, 2 if number == 2 else 1) for number in range(5)}
+    pool.wait_ready()
+    assert pool.replaced == 1
+    assert len({worker.pid for worker in pool.workers} - before) == 1
+
+
+@pytest.mark.parametrize("trouble", ["hang once", "freeze"])
+def test_a_worker_that_hangs_is_killed_and_replaced(make_pool: Callable[..., Pool], trouble: str) -> None:
+    pool = make_pool(size=1)
+    pool.wait_ready()
+    hanging = pool.workers[0].pid
+    owner = Owner(pool)
+    owner.submit(3, trouble, timeout_s=0.5)
+    owner.submit(4)
+    owner.wait(2)
+    assert owner.found == {3: (9, 2), 4: (16, 1)}
+    assert pool.replaced == 1
+    until = time.monotonic() + 10
+    while Path(f"/proc/{hanging}/cmdline").exists() and Path(f"/proc/{hanging}/cmdline").read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert time.monotonic() < until, "the hanging process is still there"
+
+
+def test_the_owner_may_take_expired_work_back(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(size=1)
+    owner = Owner(pool)
+
+    def take_back() -> bool:
+        owner.taken_back.append(3)
+        owner.submit(5)  # must wait for the replacement, not go to the worker that hangs
+        return True
+
+    owner.submit(3, "hang", timeout_s=0.5, on_expired=take_back)
+    owner.wait(2)
+    assert owner.found == {5: (25, 1)}
+    assert pool.replaced == 1
+
+
+def test_work_that_kills_every_worker_stops_the_run_with_names(make_pool: Callable[..., Pool]) -> None:
+    owner = Owner(make_pool(size=1, config=CONFIG.model_copy(update={"max_attempts": 2})))
+    owner.submit(7, "die")
+    with pytest.raises(RunError) as caught:
+        owner.wait(1)
+    assert (caught.value.who, caught.value.phase, caught.value.fault) == ("squarer[0]", "square 7", Fault.WORKER_LOST)
+    assert "attempt 2 of 2 failed (cluster.max_attempts)" in str(caught.value)
+    assert "squarer-0.log" in caught.value.remedy
+
+
+def test_an_error_in_the_workers_code_stops_the_run_with_its_own_traceback(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(size=1)
+    owner = Owner(pool)
+    owner.submit(7, "raise")
+    with pytest.raises(RunError) as caught:
+        owner.wait(1)
+    assert (caught.value.who, caught.value.phase, caught.value.fault) == ("squarer[0]", "square 7", Fault.USER_ERROR)
+    assert 'raise ValueError(f"cannot square {number}")\nValueError: cannot square 7' in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert pool.replaced == 0
+
+
+def test_a_lost_input_goes_back_to_the_owner_and_the_worker_stays(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(size=1)
+    owner = Owner(pool)
+    again: Callable[[], None] = lambda: owner.submit(6)  # noqa: E731
+    work = Work(phase="score", send=lambda worker, attempt: (worker.lose_an_input.remote(),), on_done=lambda *_: None, on_input_lost=again)
+    pool.submit(work)
+    owner.wait(1)
+    assert owner.found == {6: (36, 1)}
+    assert pool.replaced == 0
+    pool.submit(replace(work, on_input_lost=None))
+    with pytest.raises(RunError, match="squarer\\[0\\] failed during 'score': nobody can make the lost object anew"):
+        owner.wait(2)
+
+
+def test_a_constructor_that_raises_stops_the_run_and_one_that_dies_is_replaced(make_pool: Callable[..., Pool]) -> None:
+    with pytest.raises(RunError, match="(?s)squarer\\[0\\] failed during 'start'.*ValueError: no such model"):
+        make_pool(size=1, trouble=lambda start: "raise").wait_ready()
+    pool = make_pool(size=1, trouble=lambda start: "die" if start == 0 else "")
+    pool.wait_ready()
+    assert pool.replaced == 1
+
+
+def test_a_worker_that_does_not_get_ready_in_time_stops_the_run(make_pool: Callable[..., Pool]) -> None:
+    config = CONFIG.model_copy(update={"ready_timeout_s": 0.02})
+    with pytest.raises(RunError, match="squarer\\[0\\] failed during 'start': not ready within 0.02 s. Raise cluster.ready_timeout_s"):
+        make_pool(size=1, config=config).wait_ready()
+
+
+def test_a_worker_with_other_code_stops_the_run(ray_session: Session, placed: Placed) -> None:
+    other = replace(ray_session.fingerprint, files={**ray_session.fingerprint.files, "cluster/pool.py": "another hash"})
+    pool = Pool("squarer", lambda index: placed.spawn(Squarer, "squarer", index), 1, Pump(), CONFIG, other)
+    pool.start()
+    with pytest.raises(RunError, match="squarer\\[0\\] failed during 'handshake': it imports another copy of cluster .*cluster/pool.py"):
+        pool.wait_ready()
+    pool.close()
+
+
+def test_nobody_is_called_back_after_close(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(size=1)
+    pool.wait_ready()
+    owner = Owner(pool)
+    owner.submit(1)
+    owner.submit(2)
+    pool.close()
+    assert pool.unfinished == 0
+    with pytest.raises(RunError, match="nothing is running"):
+        owner.wait(1)
+
+
+RETRY = Decision(replace=True, requeue=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "attempt", "replaced", "decision"),
+    [
+        (Fault.WORKER_LOST, 1, 0, RETRY),
+        (Fault.EXPIRED, 2, 1, RETRY),
+        (Fault.EXPIRED, 0, 1, RETRY),
+        (Fault.INPUT_LOST, 0, 9, Decision()),
+        (Fault.INPUT_LOST, 1, 0, Decision(stop="nobody can make the lost object anew")),
+        (Fault.WORKER_LOST, 3, 0, Decision(stop="attempt 3 of 3 failed (cluster.max_attempts)")),
+        (Fault.WORKER_LOST, 1, 2, Decision(stop="the pool has already replaced 2 workers (cluster.max_replacements = 2)")),
+        (Fault.USER_ERROR, 1, 0, Decision(stop="its code raised an error, which a second attempt would only repeat")),
+    ],
+)
+def test_decisions(fault: Fault, attempt: int, replaced: int, decision: Decision) -> None:
+    assert decide(fault, attempt=attempt, replaced=replaced, config=CONFIG) == decision
