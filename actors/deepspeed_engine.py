@@ -51,7 +51,10 @@ class DeepSpeedEngine:
         self.compute = assigned_compute(config.gpus)
         self._model = model
         timeout = timedelta(seconds=timeout_s)
-        with contextlib.redirect_stdout(sys.stderr):
+        # ZeRO-3 calls collectives that torch has renamed, at every step; the warnings are DeepSpeed's to act on.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.* is deprecated")
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of third parties' imports
             deepspeed = _import_deepspeed(self.compute)
             _join(deepspeed, self.compute, rank, ranks, address, port, timeout)
             settings = _settings(config, ranks)
@@ -147,7 +150,6 @@ def _import_deepspeed(compute: Compute) -> Any:
     os.environ["DS_ACCELERATOR"] = compute.accelerator
     import deepspeed
 
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.* is deprecated")  # DeepSpeed's, not ours
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The shared-memory collective would be compiled with g++ at the first init (25-45 s, and an error where there is no g++).
     # It speeds up CPU ranks of one machine only and changes no bit; declared incompatible, DeepSpeed uses gloo throughout.

@@ -5,8 +5,8 @@
                             |-----critic------> TokenValues
                             `-----assemble----> Experience --learner--> new weights
 
-Sequences are ragged list columns: nothing is padded on the wire, a slice costs nothing and serialises only
-its own bytes, and a step's table is written to Parquet as it is. Every list column that speaks of tokens is
+Sequences are ragged list columns: nothing is padded on the wire, a slice costs nothing and Ray sends only its
+own bytes, and a step's table is written to Parquet as it is. Every list column that speaks of tokens is
 aligned with `tokens`; entries where `action_mask` is false are zero (versions: -1) and mean nothing.
 
 What was left out: tensors and padding (see `ragged.py`); they exist only inside a model call.
@@ -54,13 +54,16 @@ class _Typed:
     schema: ClassVar[pa.Schema] = pa.schema([])
 
     def __post_init__(self) -> None:
-        _check(type(self).__name__, self.table, type(self).schema)
+        schema = type(self).schema
+        _check(type(self).__name__, self.table, schema)
+        if not self.table.schema.equals(schema):  # only nullability is left to differ, but then two tables would not concatenate
+            object.__setattr__(self, "table", pa.Table.from_arrays(self.table.columns, schema=schema))
 
     @classmethod
     def of(cls, columns: dict[str, object]) -> Self:
-        """Build from one Python or numpy sequence a column.
+        """Build from one Arrow array, or Python or numpy sequence, a column.
 
-        Raises ValueError naming the column that is missing, unknown, or does not fit its declared type.
+        Raises ValueError naming the column that is missing, unknown, of another length, or does not fit its declared type.
         """
         _check_names(cls.__name__, list(columns), cls.schema)
         arrays = []
@@ -70,7 +73,11 @@ class _Typed:
                 arrays.append(value if isinstance(value, (pa.Array, pa.ChunkedArray)) else pa.array(value, field.type))
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
                 raise ValueError(f"{cls.__name__}.{field.name}: must be {field.type}, got values that do not fit: {error}") from error
-        return cls(pa.table(arrays, schema=cls.schema))
+        rows = len(arrays[0])
+        for field, array in zip(cls.schema, arrays, strict=True):
+            if len(array) != rows:
+                raise ValueError(f"{cls.__name__}.{field.name}: must have {rows} rows, as {cls.schema.names[0]} has, got {len(array)}")
+        return cls(pa.Table.from_arrays(arrays, names=cls.schema.names))
 
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:
@@ -79,10 +86,10 @@ class _Typed:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read back what `write` wrote. Raises ValueError naming the column if the file has another schema."""
+        """Read back what `write` wrote. Raises ValueError naming file and column if the file has another schema."""
         table = pq.read_table(path, partitioning=None)
-        _check_names(f"{path}: {cls.__name__}", table.column_names, cls.schema)
-        return cls(table.cast(cls.schema))
+        _check(f"{path}: {cls.__name__}", table, cls.schema)
+        return cls(table)
 
     def write(self, path: Path) -> None:
         """Write one Parquet file (zstd), making its folder."""
@@ -90,7 +97,7 @@ class _Typed:
         pq.write_table(self.table, path, compression="zstd")
 
     def slice(self, start: int, length: int | None = None) -> Self:
-        """Rows [start, start + length) as a view: no copy, and only these rows are serialised."""
+        """Rows [start, start + length) as a view: no copy, and only these rows are sent by Ray (plain pickle takes the whole buffers)."""
         return type(self)(self.table.slice(start, length))
 
     def __len__(self) -> int:
@@ -101,17 +108,21 @@ def _check_names(owner: str, names: Sequence[str], schema: pa.Schema) -> None:
     missing = [n for n in schema.names if n not in names]
     unknown = [n for n in names if n not in schema.names]
     if missing or unknown:
-        raise ValueError(f"{owner}: column {(missing + unknown)[0]!r} is {'missing' if missing else 'not declared'}; it must have {schema.names}, got {list(names)}")
+        problem = "missing" if missing else "not declared"
+        raise ValueError(f"{owner}: column {(missing + unknown)[0]!r} is {problem}; it must have {schema.names}, got {list(names)}")
 
 
 def _check(owner: str, table: pa.Table, schema: pa.Schema) -> None:
     _check_names(owner, table.column_names, schema)
+    if table.column_names != schema.names:
+        raise ValueError(f"{owner}: columns must be {schema.names}, each once and in this order, got {table.column_names}")
     for field in schema:
         column = table.column(field.name)
         if column.type != field.type:
             raise ValueError(f"{owner}.{field.name}: must be {field.type}, got {column.type}")
-        if column.null_count:
-            raise ValueError(f"{owner}.{field.name}: must have no nulls, got {column.null_count}; a value that is not there is a status, not a null")
+        nulls = column.null_count or (sum(chunk.flatten().null_count for chunk in column.chunks) if pa.types.is_list(field.type) else 0)
+        if nulls:
+            raise ValueError(f"{owner}.{field.name}: must have no nulls, got {nulls}; a value that is not there is a status, not a null")
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,16 @@ from actors.weights import Weights
 
 
 class WeightsSource(Protocol):
-    """A handle on one published version: cheap to pass along, fetched only by a worker that holds another version."""
+    """A handle on one published version: cheap to pass along, fetched only by a worker that holds other weights."""
 
     @property
     def version(self) -> int: ...
 
+    @property
+    def checksum(self) -> str: ...
+
     def fetch(self) -> Weights:
-        """The weights of that version, within a deadline of the source's own."""
+        """The weights of that version and checksum, within a deadline of the source's own."""
         ...
 
 
@@ -110,14 +113,16 @@ class RolloutWorker:
         return _rollouts(requests, self._engine.generate(requests, sampling, seed=seed), metadata, self._version)
 
     def _load(self, source: WeightsSource) -> None:
-        """Swap to the source's version: all of it is verified before any of it is copied, and only then does the worker say it has it."""
-        if source.version == self._version:
-            return
-        weights = source.fetch()
-        assert weights.version == source.version, f"source of version {source.version} gave version {weights.version}"
-        weights.verify()
-        self._engine.load_weights(weights.tensors())
-        self._version, self._checksum = weights.version, weights.checksum
+        """Swap to the source's weights: all of them are verified before any is copied, and only then does the worker say it has them.
+
+        The checksum decides, not the version: after a rollback the same version may come again with other weights.
+        """
+        if source.checksum != self._checksum:
+            weights = source.fetch()
+            assert weights.checksum == source.checksum, f"source of {source.checksum} (version {source.version}) gave {weights.checksum}"
+            weights.verify()
+            self._engine.load_weights(weights.tensors())
+        self._version, self._checksum = source.version, source.checksum
 
 
 def _rollouts(requests: list[Request], completions: list[Completion], metadata: pa.ChunkedArray, version: int) -> pa.Table:

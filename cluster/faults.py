@@ -18,7 +18,7 @@ class Fault(Enum):
     WORKER_LOST = "the process or its node is gone"
     INPUT_LOST = "an object the call needs is gone with its node"
     USER_ERROR = "the called code raised"
-    EXPIRED = "no answer within the deadline"
+    EXPIRED = "it did not answer in time"
 
 
 class RunError(RuntimeError):
@@ -42,7 +42,7 @@ class RunError(RuntimeError):
         return f"{text} {self.remedy}".rstrip()
 
 
-class Expired(RunError):
+class Expired(RunError):  # noqa: N818 (a kind of RunError)
     """A watched call did not answer in time."""
 
     def __init__(self, who: str, phase: str, timeout_s: float) -> None:
@@ -82,6 +82,7 @@ def classify(error: BaseException) -> Fault:
 
 def last_lines(error: BaseException, count: int = 6) -> str:
     """The end of an error's text, which for an error raised in a worker is the end of the worker's own traceback, without colours and carets."""
-    lines = [line.rstrip() for line in _ANSI.sub("", str(error)).splitlines()]
+    text = error.cause if isinstance(error, RunError) else str(error)  # the error around it names actor and phase
+    lines = [line.rstrip() for line in _ANSI.sub("", text).splitlines()]
     kept = [line for line in lines if line.strip() and line.strip(" ^~")]
     return "\n".join(kept[-count:]) or type(error).__name__

@@ -119,7 +119,8 @@ def shortages(placement: Placement, nodes: Sequence[NodeResources]) -> list[str]
     there = "; ".join(f"{node.name} with {_resources(node.cpus, node.gpus)}" for node in nodes) or "no node"
     asked = Counter(placement.bundles)
     return [
-        f"{missing} of {asked[bundle]} bundles of {bundle} fit no node; there is {there}. Add nodes, or lower the workers, ranks or gpus of the roles or cluster.cpus_per_bundle."
+        f"{missing} of {asked[bundle]} bundles of {bundle} fit no node; there is {there}. "
+        "Add nodes, or lower the workers, ranks or gpus of the roles or cluster.cpus_per_bundle."
         for bundle, missing in homeless.items()
     ]
 

@@ -79,7 +79,7 @@ class Session:
         """The living nodes and all that they have, whoever uses it at the moment."""
         import ray
 
-        resources = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        resources = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
         return [NodeResources(name=name, cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0)) for name, has in resources]
 
     def place(self, placement: Placement) -> Placed:
@@ -221,5 +221,5 @@ def _keep_logs_only(temp_dir: Path, log_dir: Path) -> None:
 def _free_resources() -> str:
     import ray
 
-    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    free = ray.available_resources()
     return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"

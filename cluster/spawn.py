@@ -72,7 +72,7 @@ class Placed:
 def _hosted(cls: type, log_file: Path, threads: int, gpus: float, packages: tuple[str, ...]) -> type:
     """A subclass of `cls` that settles its process first and can say where it lives."""
 
-    class Hosted(cls):  # type: ignore[misc]
+    class Hosted(cls):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.__log_file = _redirect_output(log_file)
             _limit_devices(threads, gpus)
@@ -84,7 +84,7 @@ def _hosted(cls: type, log_file: Path, threads: int, gpus: float, packages: tupl
 
             return WorkerInfo(
                 pid=os.getpid(),
-                node_ip=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+                node_ip=ray.util.get_node_ip_address(),
                 hostname=socket.gethostname(),
                 fingerprint=fingerprint(packages),
                 log_file=self.__log_file,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,9 @@ from actors import ragged
 from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, TokenValues
 from pipeline.algorithms.base import Algorithm, Trajectories
 from pipeline.algorithms.estimators import token_rewards, whiten
+
+Counts = tuple[int, int, int, int, int]
+Typed = TypeVar("Typed", Rollouts, Scores, TokenLogprobs, TokenValues)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,22 +57,23 @@ class AssemblyReport:
     distinct_2: float
 
 
-def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], counts: tuple[int, int, int, int, int], *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
+def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], counts: Counts, *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
     """Join, estimate, whiten. `counts`: how many of `tables` are rollouts, scores, reference, values, proximal, in that order.
 
     (Ray resolves references only among a task's own arguments, hence the flat list.)
     """
-    parts = StepTables(*[], **dict(zip(StepTables.__dataclass_fields__, _split(tables, counts), strict=True)))
+    parts = StepTables(**dict(zip(StepTables.__dataclass_fields__, _split(tables, counts), strict=True)))
     wanted = np.asarray(sample_ids, np.int64)
     rollouts = _in_order(Rollouts, parts.rollouts, wanted)
     scores = _in_order(Scores, parts.scores, wanted)
+    assert pc.all(pc.equal(scores["status"], "ok"), min_count=0).as_py(), "Scores: a sample without a reward is about to be trained on"
     tokens, offsets = ragged.flat(rollouts["tokens"])
     acted = ragged.flat(rollouts["action_mask"])[0]
     sampled = ragged.flat(rollouts["logprobs"])[0]
     none = np.zeros(tokens.size, np.float32)
-    reference = _column(TokenLogprobs, "logprobs", parts.reference, wanted) if parts.reference else none
-    values = _column(TokenValues, "values", parts.values, wanted) if parts.values else none
-    proximal = _column(TokenLogprobs, "logprobs", parts.proximal, wanted) if parts.proximal else sampled
+    reference = _aligned(_in_order(TokenLogprobs, parts.reference, wanted)["logprobs"], offsets) if parts.reference else none
+    values = _aligned(_in_order(TokenValues, parts.values, wanted)["values"], offsets) if parts.values else none
+    proximal = _aligned(_in_order(TokenLogprobs, parts.proximal, wanted)["logprobs"], offsets) if parts.proximal else sampled
     kl = proximal - reference if parts.reference else none
 
     grid = _ActionGrid(acted, offsets)
@@ -83,17 +88,15 @@ def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], co
         )
     )
     advantages = whiten(estimates.advantages, grid.mask) if algorithm.whiten_advantages else estimates.advantages
-    columns = {
+    added = {
         "proximal_logprobs": proximal,
         "reference_logprobs": reference,
         "values": values,
         "advantages": grid.unpad(advantages),
         "returns": grid.unpad(estimates.returns),
     }
-    table = rollouts.append_column(_field("reward"), scores["reward"]).append_column(_field("turn_rewards"), scores["turn_rewards"])
-    for name, column in columns.items():
-        table = table.append_column(_field(name), ragged.unflat(column, offsets, pa.float32()))
-    experience = Experience(table.select(Experience.schema.names).cast(Experience.schema))
+    columns = {name: rollouts[name] for name in Rollouts.schema.names} | {name: scores[name] for name in ("reward", "turn_rewards")}
+    experience = Experience.of(columns | {name: ragged.unflat(column, offsets, pa.float32()) for name, column in added.items()})
     return _report(experience, kl[acted], acted, offsets), experience.table
 
 
@@ -128,25 +131,25 @@ def _split(tables: Sequence[pa.Table], counts: Sequence[int]) -> list[Sequence[p
     return [tables[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
-def _in_order(kind: type[Rollouts | Scores | TokenLogprobs | TokenValues], parts: Sequence[pa.Table], wanted: ragged.Array) -> pa.Table:
+def _in_order(kind: type[Typed], parts: Sequence[pa.Table], wanted: ragged.Array) -> pa.Table:
     """The rows of `wanted`, in that order. A sample that is missing or there twice is a broken invariant, never passed over."""
-    table = kind.concat([kind(part) for part in parts]).table  # type: ignore[arg-type]
+    table = kind.concat([kind(part) for part in parts]).table
     ids = table["sample_id"].to_numpy()
+    for what, some in ((kind.__name__, ids), ("sample_ids", wanted)):
+        assert np.unique(some).size == some.size, f"{what}: samples are doubled"
+    missing = np.setdiff1d(wanted, ids)
+    assert missing.size == 0, f"{kind.__name__}: {missing.size} of {wanted.size} samples are missing, the first is {missing[0]}"
     if np.array_equal(ids, wanted):
         return table
     order = np.argsort(ids, kind="stable")
-    at = np.searchsorted(ids, wanted, sorter=order)
-    found = order[np.minimum(at, ids.size - 1)]
-    assert np.unique(ids).size == ids.size and np.array_equal(ids[found], wanted), f"{kind.__name__}: samples are missing or doubled"
-    return table.take(found)
+    return table.take(order[np.searchsorted(ids, wanted, sorter=order)])
 
 
-def _column(kind: type[TokenLogprobs | TokenValues], name: str, parts: Sequence[pa.Table], wanted: ragged.Array) -> ragged.Array:
-    return ragged.flat(_in_order(kind, parts, wanted)[name])[0]
-
-
-def _field(name: str) -> pa.Field:
-    return Experience.schema.field(name)
+def _aligned(column: pa.ChunkedArray, offsets: ragged.Array) -> ragged.Array:
+    """The flat values of a column whose rows are as long as the tokens'."""
+    values, own = ragged.flat(column)
+    assert np.array_equal(own, offsets), "a joined column is not aligned with tokens"
+    return values
 
 
 def _report(experience: Experience, kl: ragged.Array, acted: ragged.Array, offsets: ragged.Array) -> AssemblyReport:

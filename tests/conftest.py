@@ -48,7 +48,7 @@ def tiny_model_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
             pad_token_id=tokenizer.pad_token_id,
         )
         folder = tmp_path_factory.mktemp(f"gpt2-{layers}x{width}-{seed}-")
-        GPT2LMHeadModel(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+        GPT2LMHeadModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
 
@@ -70,4 +70,4 @@ def _byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")

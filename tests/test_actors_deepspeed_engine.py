@@ -73,7 +73,7 @@ def test_settings_that_decide_the_numbers_are_read_back(stage: int, dtype: str, 
     engine = learner._engine._engine
     for wrong in ({"max_grad_norm": 1.0}, {"zero_stage": (stage + 1) % 4}, {"adam_epsilon": 1e-8}, {"dtype": DTYPES[dtype == "float32"]}):
         settings = {"zero_stage": stage, "dtype": dtype, "max_grad_norm": 0.25} | wrong
-        with pytest.raises(AssertionError, match="asked for|AdamW runs with"):
+        with pytest.raises(AssertionError, match=r"asked for|AdamW runs with"):
             _assert_settings(engine, config(**settings), 1)
 
 

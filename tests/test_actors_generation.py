@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,15 @@ from actors.generation.torch_engine import TorchEngine
 FAMILIES: dict[str, Callable[[Path], Path]] = {"gpt2": tiny_models.save_gpt2, "llama": tiny_models.save_llama, "qwen2": tiny_models.save_qwen2}
 CONTEXT = 96
 LENGTHS = (1, 3, 16, 17, 40, 5, 7, 2, 33, 20, 11, 60)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A second thread only costs time on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +131,13 @@ def test_samples_of_a_group_share_one_prefill_and_equal_separate_ones(gpt2: Torc
     shared = requests((5, 40, 17), group_size=6)
     apart = [Request(sample_id=r.sample_id, group_id=r.sample_id, prompt=r.prompt) for r in shared]
     prefilled: list[int] = []
-    original = gpt2.prefill
-    monkeypatch.setattr(gpt2, "prefill", lambda prompts: prefilled.append(len(prompts)) or original(prompts))
+    prefill = gpt2.prefill
+
+    def counting(prompts: Sequence[Any]) -> Any:
+        prefilled.append(len(prompts))
+        return prefill(prompts)
+
+    monkeypatch.setattr(gpt2, "prefill", counting)
     sampling = SamplingConfig(max_new_tokens=12)
     together = gpt2.generate(shared, sampling, seed=2)
     assert sum(prefilled) == 3

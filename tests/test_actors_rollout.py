@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,9 +34,22 @@ class Source:
     def version(self) -> int:
         return self.held.version
 
+    @property
+    def checksum(self) -> str:
+        return self.held.checksum
+
     def fetch(self) -> Weights:
         self.fetched.append(self.held.version)
         return self.held
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A second thread only costs time on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +115,7 @@ def test_a_part_of_a_chunk_gives_the_same_samples(folder: Path) -> None:
     assert part.equals(table.slice(8, 8))
 
 
-def test_weights_are_fetched_only_when_the_version_differs(folder: Path) -> None:
+def test_weights_are_fetched_only_when_they_differ(folder: Path) -> None:
     one, first, second = worker(folder), source(folder, 0), source(folder, 1, scale=0.5)
     before, table = one.generate(prompts(), 1, 0, 0, first)
     one.generate(prompts(), 1, 1, 0, first)
@@ -113,6 +127,17 @@ def test_weights_are_fetched_only_when_the_version_differs(folder: Path) -> None
     back, same = one.generate(prompts(), 1, 3, 0, first)
     assert back.version == 0
     assert same.equals(table)
+
+
+def test_the_same_version_with_other_weights_is_fetched_and_another_version_of_the_same_is_not(folder: Path) -> None:
+    one, first = worker(folder), source(folder, 4)
+    one.generate(prompts(), 1, 0, 0, first)
+    after_rollback, renamed = source(folder, 4, scale=0.5), source(folder, 5, scale=0.5)
+    report, table = one.generate(prompts(), 1, 1, 0, after_rollback)
+    assert (report.version, report.checksum, after_rollback.fetched) == (4, after_rollback.checksum, [4])
+    report, same = one.generate(prompts(), 1, 1, 0, renamed)
+    assert (report.version, renamed.fetched) == (5, [])
+    assert same.column("logprobs").equals(table.column("logprobs"))
 
 
 def test_damaged_weights_are_refused_and_the_old_ones_stay(folder: Path) -> None:

@@ -17,7 +17,6 @@ from cluster.session import Session
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@ray.remote(num_cpus=0)
 class Sleeper:
     def sleep(self, seconds: float, value: Any = None) -> Any:
         time.sleep(seconds)
@@ -29,7 +28,7 @@ class Sleeper:
 
 @pytest.fixture(scope="module")
 def sleeper(ray_session: Session) -> Any:
-    handle = Sleeper.remote()
+    handle = ray.remote(Sleeper).options(num_cpus=0).remote()
     ray.get(handle.sleep.remote(0), timeout=30)
     return handle
 
@@ -43,7 +42,9 @@ def unexpected(value: Any) -> None:
 
 
 def test_values_and_errors_are_handed_to_whoever_asked(sleeper: Any) -> None:
-    pump, values, errors = Pump(), [], []
+    pump = Pump()
+    values: list[str] = []
+    errors: list[BaseException] = []
     watch(pump, sleeper.sleep.remote(0, "one"), values.append, unexpected)
     watch(pump, sleeper.fail.remote(), unexpected, errors.append)
     pump.run_until(lambda: bool(values and errors), timeout_s=20, waiting_for="both")
@@ -52,11 +53,13 @@ def test_values_and_errors_are_handed_to_whoever_asked(sleeper: Any) -> None:
 
 
 def test_a_passed_deadline_is_an_error_with_names_and_the_late_reply_is_ignored(sleeper: Any) -> None:
-    pump, errors, later = Pump(), [], []
+    pump = Pump()
+    errors: list[BaseException] = []
+    later: list[str] = []
     started = time.monotonic()
-    watch(pump, sleeper.sleep.remote(1.0), unexpected, errors.append, timeout_s=0.2)
+    watch(pump, sleeper.sleep.remote(1.5), unexpected, errors.append, timeout_s=0.2)
     pump.run_until(lambda: bool(errors), timeout_s=20, waiting_for="the deadline")
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 1.4
     assert isinstance(errors[0], Expired)
     assert str(errors[0]) == "sleeper[0] failed during 'sleep': no answer within 0.2 s."
     watch(pump, sleeper.sleep.remote(0, "next"), later.append, unexpected)  # answered after the late reply
@@ -64,7 +67,8 @@ def test_a_passed_deadline_is_an_error_with_names_and_the_late_reply_is_ignored(
 
 
 def test_an_answer_that_arrived_while_the_driver_was_busy_counts(sleeper: Any) -> None:
-    pump, values = Pump(), []
+    pump = Pump()
+    values: list[Any] = []
     watch(pump, sleeper.sleep.remote(0, "in time"), values.append, unexpected, timeout_s=0.3)
     watch(pump, sleeper.sleep.remote(0, "too"), values.append, unexpected, timeout_s=0.3)
     time.sleep(0.5)
@@ -72,7 +76,8 @@ def test_an_answer_that_arrived_while_the_driver_was_busy_counts(sleeper: Any) -
 
 
 def test_a_forgotten_call_is_not_heard(sleeper: Any) -> None:
-    pump, values = Pump(), []
+    pump = Pump()
+    values: list[Any] = []
     forgotten = sleeper.sleep.remote(0, "forgotten")
     watch(pump, forgotten, unexpected, unexpected)
     watch(pump, sleeper.sleep.remote(0.1, "kept"), values.append, unexpected)
@@ -81,7 +86,7 @@ def test_a_forgotten_call_is_not_heard(sleeper: Any) -> None:
 
 
 def test_waiting_for_nothing_is_an_error_rather_than_a_hang() -> None:
-    with pytest.raises(RunError, match="driver failed during 'a step': nothing is running"):
+    with pytest.raises(RunError, match=r"driver failed during 'a step': nothing is running"):
         Pump().run_until(lambda: False, timeout_s=20, waiting_for="a step")
 
 
@@ -98,7 +103,9 @@ def test_a_wait_that_takes_too_long_names_what_is_still_running(sleeper: Any) ->
 
 
 def test_ticks_are_served_while_waiting(sleeper: Any) -> None:
-    pump, ticks, values = Pump(), [], []
+    pump = Pump()
+    ticks: list[float] = []
+    values: list[str] = []
     pump.add_tick(lambda: ticks.append(time.monotonic()), every_s=0.1)
     watch(pump, sleeper.sleep.remote(0.65, "done"), values.append, unexpected)
     pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="the call")
@@ -107,16 +114,18 @@ def test_ticks_are_served_while_waiting(sleeper: Any) -> None:
 
 
 def test_what_a_callback_raises_comes_out_and_the_others_stay_watched(sleeper: Any) -> None:
-    pump, values = Pump(), []
+    pump = Pump()
+    values: list[Any] = []
     watch(pump, sleeper.sleep.remote(0, "first"), unexpected, unexpected)
     watch(pump, sleeper.sleep.remote(0, "second"), values.append, unexpected)
-    with pytest.raises(AssertionError, match="first"):
+    with pytest.raises(AssertionError, match=r"first"):
         pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="both")
     pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="the second")
 
 
 def test_an_event_costs_well_under_a_millisecond(ray_session: Session) -> None:
-    pump, values = Pump(), []
+    pump = Pump()
+    values: list[Any] = []
     refs = [ray.put(number) for number in range(200)]  # answered already: what remains is the pump's own work
     for ref in refs:
         watch(pump, ref, values.append, unexpected)

@@ -120,7 +120,7 @@ def test_a_failure_is_told_under_the_name_of_the_rank_to_blame(
 def test_a_rank_that_hangs_is_named_when_the_call_expires(make_gang: Callable[..., Gang]) -> None:
     gang = make_gang()
     gang.call("start", lambda handle, rank: handle.describe.remote())
-    with pytest.raises(RunError, match="policy\\[1\\] failed during 'update 3'.*\n.*no answer within 0.3 s") as caught:
+    with pytest.raises(RunError, match=r"policy\[1\] failed during 'update 3'.*\n.*no answer within 0.3 s") as caught:
         gang.call("update 3", send("", "hang"), timeout_s=0.3)
     assert caught.value.fault is Fault.EXPIRED
 
@@ -128,7 +128,7 @@ def test_a_rank_that_hangs_is_named_when_the_call_expires(make_gang: Callable[..
 def test_a_rank_with_other_code_is_refused(make_gang: Callable[..., Gang], ray_session: Session) -> None:
     gang = make_gang()
     gang._fingerprint = replace(ray_session.fingerprint, versions={**ray_session.fingerprint.versions, "torch": "1.0"})
-    with pytest.raises(RunError, match="policy\\[0\\] failed during 'handshake': .* torch is .* there, 1.0 here"):
+    with pytest.raises(RunError, match=r"policy\[0\] failed during 'handshake': .* torch is .* there, 1.0 here"):
         gang.connect()
 
 

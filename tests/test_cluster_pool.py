@@ -186,12 +186,12 @@ def test_a_lost_input_goes_back_to_the_owner_and_the_worker_stays(make_pool: Cal
     assert owner.found == {6: (36, 1)}
     assert pool.replaced == 0
     pool.submit(replace(work, on_input_lost=None))
-    with pytest.raises(RunError, match="squarer\\[0\\] failed during 'score': nobody can make the lost object anew"):
+    with pytest.raises(RunError, match=r"squarer\[0\] failed during 'score': nobody can make the lost object anew"):
         owner.wait(2)
 
 
 def test_a_constructor_that_raises_stops_the_run_and_one_that_dies_is_replaced(make_pool: Callable[..., Pool]) -> None:
-    with pytest.raises(RunError, match="(?s)squarer\\[0\\] failed during 'start'.*ValueError: no such model"):
+    with pytest.raises(RunError, match=r"(?s)squarer\[0\] failed during 'start'.*ValueError: no such model"):
         make_pool(size=1, trouble=lambda start: "raise").wait_ready()
     pool = make_pool(size=1, trouble=lambda start: "die" if start == 0 else "")
     pool.wait_ready()
@@ -200,7 +200,7 @@ def test_a_constructor_that_raises_stops_the_run_and_one_that_dies_is_replaced(m
 
 def test_a_worker_that_does_not_get_ready_in_time_stops_the_run(make_pool: Callable[..., Pool]) -> None:
     config = CONFIG.model_copy(update={"ready_timeout_s": 0.02})
-    with pytest.raises(RunError, match="squarer\\[0\\] failed during 'start': not ready within 0.02 s. Raise cluster.ready_timeout_s"):
+    with pytest.raises(RunError, match=r"squarer\[0\] failed during 'start': not ready within 0.02 s. Raise cluster.ready_timeout_s"):
         make_pool(size=1, config=config).wait_ready()
 
 
@@ -208,7 +208,7 @@ def test_a_worker_with_other_code_stops_the_run(ray_session: Session, placed: Pl
     other = replace(ray_session.fingerprint, files={**ray_session.fingerprint.files, "cluster/pool.py": "another hash"})
     pool = Pool("squarer", lambda index: placed.spawn(Squarer, "squarer", index), 1, Pump(), CONFIG, other)
     pool.start()
-    with pytest.raises(RunError, match="squarer\\[0\\] failed during 'handshake': it imports another copy of cluster .*cluster/pool.py"):
+    with pytest.raises(RunError, match=r"squarer\[0\] failed during 'handshake': it imports another copy of cluster .*cluster/pool.py"):
         pool.wait_ready()
     pool.close()
 
@@ -221,7 +221,7 @@ def test_nobody_is_called_back_after_close(make_pool: Callable[..., Pool]) -> No
     owner.submit(2)
     pool.close()
     assert pool.unfinished == 0
-    with pytest.raises(RunError, match="nothing is running"):
+    with pytest.raises(RunError, match=r"nothing is running"):
         owner.wait(1)
 
 

@@ -44,15 +44,15 @@ config = ClusterConfig(ready_timeout_s=60)
 with Session(config, Path(sys.argv[1]), packages=("cluster",), local_cpus=3) as session:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     nodes = session.nodes()
-    placed = session.place(plan_placement([RoleDemand("worker", 1, 0)], share_devices=True, cpus_per_bundle=1, local_cpus=1))
+    placed = session.place(plan_placement([RoleDemand("worker", 2, 0)], share_devices=True, cpus_per_bundle=1, local_cpus=1))
     pump, pids = Pump(), []
     pool = Pool("worker", lambda index: placed.spawn(Worker, "worker", index), 1, pump, config, session.fingerprint)
     pool.start()
     pool.submit(Work(phase="work", send=lambda handle, attempt: (handle.work.remote(attempt),), on_done=lambda pid, data, attempt: pids.append(pid)))
     pump.run_until(lambda: bool(pids), timeout_s=60, waiting_for="the work")
-    stray = placed.spawn(Worker, "worker", 0)
+    stray = placed.spawn(Worker, "worker", 1)
     failed = stray.fail.remote()
-    ray.wait([failed], timeout=30)
+    assert ray.wait([failed], timeout=30)[0]
     del failed
     placed.remove()
     temp_dir = ray._private.worker._global_node.get_temp_dir_path()
@@ -70,15 +70,15 @@ INTRUDER = "import ray, sys; ray.init(address=sys.argv[1])"
 @contextlib.contextmanager
 def running(log_dir: Path, **environment: str) -> Iterator[list[str]]:
     """RUN in a process of its own, held at its end inside the session; afterwards it must have ended well and in silence."""
-    with subprocess.Popen(
-        [sys.executable, "-c", RUN, str(log_dir)], env=_without_ray() | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:  # fmt: skip
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", RUN, str(log_dir)]
+    with subprocess.Popen(command, env=_without_ray() | environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         deadline = time.monotonic() + 90
         while process.poll() is None and not (log_dir / "seen").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         try:
-            if (log_dir / "seen").exists():
-                yield (log_dir / "seen").read_text().split("\n")
+            assert (log_dir / "seen").exists(), process.communicate(timeout=30)
+            yield (log_dir / "seen").read_text().split("\n")
             stdout, stderr = process.communicate(input="\n", timeout=60)
         finally:
             process.kill()
@@ -132,11 +132,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def test_a_cluster_named_by_ray_address_is_joined_and_left_running(head: dict[str, str], tmp_path: Path) -> None:
-    for log in ("first", "second"):  # the second finds the cluster as the first did
-        with running(tmp_path / log, **head) as (cpus, temp_dir, token, replaced, _):
-            assert (float(cpus), token, replaced) == (2, head["RAY_AUTH_TOKEN"], "1")
-        assert Path(temp_dir).exists()
-        assert not (tmp_path / log / "ray").exists()
+    with running(tmp_path / "log", **head) as (cpus, temp_dir, token, replaced, _):
+        assert (float(cpus), token, replaced) == (2, head["RAY_AUTH_TOKEN"], "1")
+    assert Path(temp_dir).exists()
+    assert not (tmp_path / "log" / "ray").exists()
+    _await_listener(head["RAY_ADDRESS"], 1.0)
 
 
 def test_a_process_that_is_connected_already_stays_connected(ray_session: Session, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_nobody_at_the_address_is_an_error_within_the_deadline() -> None:
     started = time.monotonic()
     with pytest.raises(RunError) as caught:
         _await_listener(address, 0.7)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert str(caught.value).startswith(f"driver failed during 'connecting to the Ray cluster at {address}': nobody answers within 0.7 s (")
     assert caught.value.remedy == "Check cluster.address or RAY_ADDRESS, and that the head node is up."
 
@@ -161,7 +161,7 @@ def test_nobody_at_the_address_is_an_error_within_the_deadline() -> None:
 def test_a_deadline_interrupts_and_gives_other_alarms_their_time_back() -> None:
     signal.setitimer(signal.ITIMER_REAL, 50)
     try:
-        with pytest.raises(RunError, match="driver failed during 'a start': no answer within 0 s"), _deadline(0.2, "a start"):
+        with pytest.raises(RunError, match=r"driver failed during 'a start': no answer within 0 s"), _deadline(0.2, "a start"):
             time.sleep(5)
         assert 40 < signal.getitimer(signal.ITIMER_REAL)[0] < 50
     finally:
@@ -170,7 +170,7 @@ def test_a_deadline_interrupts_and_gives_other_alarms_their_time_back() -> None:
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port"])
 def test_an_unusable_address_is_refused(address: str, tmp_path: Path) -> None:
-    with contextlib.ExitStack() as undo, pytest.raises(ValueError, match="cluster.address: must be auto or host:port, got '"):
+    with contextlib.ExitStack() as undo, pytest.raises(ValueError, match=r"cluster.address: must be auto or host:port, got '"):
         Session(ClusterConfig(address=address), tmp_path, packages=())._join(address, undo)
 
 
@@ -181,17 +181,19 @@ def bundles(count: int, cpus: int, gpus: float = 0) -> Placement:
 
 def test_what_a_local_ray_lacks_is_said_at_once(ray_session: Session) -> None:
     started = time.monotonic()
-    with pytest.raises(RunError, match="cluster failed during 'placement': 2 of 2 bundles of 1 CPU and 1 GPU fit no node; there is .* with 16 CPUs. Add nodes"):
+    with pytest.raises(
+        RunError, match=r"cluster failed during 'placement': 2 of 2 bundles of 1 CPU and 1 GPU fit no node; there is .* with 16 CPUs. Add nodes"
+    ):
         ray_session.place(bundles(2, cpus=1, gpus=1))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10  # cluster.place_timeout_s is 30
 
 
 def test_a_cluster_is_given_its_time_to_grow_or_to_get_free(ray_session: Session, tmp_path: Path) -> None:
-    with Session(ClusterConfig(place_timeout_s=0.3), tmp_path, packages=()) as joined:
-        with pytest.raises(RunError, match="1 of 1 bundles of 99 CPUs fit no node; .* raise cluster.place_timeout_s"):
+    with Session(ClusterConfig(place_timeout_s=2.0), tmp_path, packages=()) as joined:
+        with pytest.raises(RunError, match=r"1 of 1 bundles of 99 CPUs fit no node; .* raise cluster.place_timeout_s"):
             joined.place(bundles(1, cpus=99))
         most = ray_session.place(bundles(1, cpus=15))
-        with pytest.raises(RunError, match="the nodes are large enough, but others use them; free are 1 CPUs"):
+        with pytest.raises(RunError, match=r"the nodes are large enough, but others use them; free are 1 CPUs"):
             joined.place(bundles(1, cpus=2))
         most.remove()
         joined.place(bundles(1, cpus=16)).remove()  # the refused ones hold nothing back

@@ -77,5 +77,5 @@ def test_a_task_runs_beside_the_seats(placed: Placed) -> None:
 
 
 def test_an_unplanned_worker_is_a_defect(placed: Placed) -> None:
-    with pytest.raises(AssertionError, match="no slot was planned for plain\\[2\\]"):
+    with pytest.raises(AssertionError, match=r"no slot was planned for plain\[2\]"):
         placed.spawn(Plain, "plain", 2, "a", times=1)

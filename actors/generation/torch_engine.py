@@ -12,6 +12,7 @@ would speed up, on CPU), shrinking the batch when requests run out, beams, and p
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class TorchEngine:
         own, new = dict(self.model.named_parameters()), dict(named)
         for name in sorted(own.keys() ^ new.keys()):
             kind = "missing" if name in own else "unknown to the model"
-            raise ValueError(f"weights: must hold the model's {len(own)} parameters, {name!r} is {kind}; publish from the model that the rollout pool was given")
+            raise ValueError(f"weights: must hold the model's {len(own)} parameters, {name!r} is {kind}; publish the model that the pool was given")
         for name, tensor in new.items():
             if own[name].shape != tensor.shape:
                 raise ValueError(f"weights: {name!r} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
@@ -119,7 +120,7 @@ class _Group:
 
     def __init__(self, prompt: Any) -> None:
         self.prompt = prompt
-        self.waiting: list[int] = []  # indices of requests, next one last
+        self.waiting: deque[int] = deque()  # indices of requests
         self.prefilled: Prefilled | None = None
 
 
@@ -165,15 +166,14 @@ class _Run:
             prompt = self._prefilled(group)
             slots, free = free[: len(group.waiting)], free[len(group.waiting) :]
             if self.cache is None:
-                longest = max(min(len(r.prompt) + self.sampling.max_new_tokens, self.engine.context) for r in self.requests)
-                self.cache = SlotCache(self.engine.slots, longest, prompt)
+                self.cache = SlotCache(self.engine.slots, prompt)
                 self.logits = prompt.logits.new_zeros((self.engine.slots, prompt.logits.shape[0]))
             self.cache.admit(slots, prompt)
             self.logits[torch.from_numpy(slots).to(self.logits.device)] = prompt.logits
             for slot in slots:
-                self._seat(int(slot), group.waiting.pop())
+                self._seat(int(slot), group.waiting.popleft())
             if not group.waiting:
-                self.groups.pop(0)
+                self.groups.popleft()
 
     def sample(self, active: Any) -> Tensor:
         """One more token for every active slot; returns all slots' tokens (S,)."""
@@ -231,11 +231,11 @@ class _Run:
         return group.prefilled
 
 
-def _groups(requests: Sequence[Request]) -> list[_Group]:
-    groups: list[_Group] = []
+def _groups(requests: Sequence[Request]) -> deque[_Group]:
+    groups: deque[_Group] = deque()
     for index, request in enumerate(requests):
         if index == 0 or request.group_id != requests[index - 1].group_id:
             groups.append(_Group(request.prompt))
         assert np.array_equal(groups[-1].prompt, request.prompt), f"group {request.group_id}: its requests must share one prompt"
-        groups[-1].waiting.insert(0, index)
+        groups[-1].waiting.append(index)
     return groups

@@ -18,20 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-
 import numpy as np
-import tiny_models
 import torch
 
-from actors.config import RolloutConfig, SamplingConfig
-from actors.generation.engine import Request
-from actors.generation.torch_engine import TorchEngine
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]  # so that it runs from a checkout, installed or not
+
+import tiny_models  # noqa: E402
+
+from actors.config import RolloutConfig, SamplingConfig  # noqa: E402
+from actors.generation.engine import Request  # noqa: E402
+from actors.generation.torch_engine import TorchEngine  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A model and a batch of rows x (prompt + new) tokens; `width` 0 is GPT-2's own 124M shape."""
+    """A GPT-2 and a batch of rows x (prompt + new) tokens."""
 
     width: int
     layers: int
@@ -72,7 +73,8 @@ def save(shape: Shape, folder: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=shape.vocabulary, n_embd=shape.width, n_layer=shape.layers, n_head=max(2, shape.width // 64))
+    heads = max(2, shape.width // 64)
+    config = GPT2Config(vocab_size=shape.vocabulary, n_embd=shape.width, n_layer=shape.layers, n_head=heads, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tiny_models.byte_tokenizer().save_pretrained(folder)
 
@@ -105,7 +107,8 @@ def _raylign(folder: str, config: RolloutConfig, ids: np.ndarray) -> Callable[[i
 
 def report(name: str, shape: Shape, seconds: dict[str, float]) -> None:
     anchor = seconds["generate bfloat16"]
-    print(f"{name}: {shape.layers} x {shape.width}, vocabulary {shape.vocabulary}, {shape.rows} x ({shape.prompt} + {shape.new}), {torch.get_num_threads()} threads")
+    model, batch = f"{shape.layers} x {shape.width}, vocabulary {shape.vocabulary}", f"{shape.rows} x ({shape.prompt} + {shape.new}) tokens"
+    print(f"{name}: {model}, {batch}, {torch.get_num_threads()} threads")
     print(f"{'engine':<20}{'seconds':>10}{'tokens/s':>12}{'x generate bf16':>18}")
     for contender, value in seconds.items():
         print(f"{contender:<20}{value:>10.3f}{shape.rows * shape.new / value:>12.0f}{anchor / value:>18.2f}")

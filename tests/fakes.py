@@ -1,0 +1,123 @@
+"""Workers that need no model: real actors in real pools and gangs, with made-up tables of the declared schemas.
+
+They let a test see what the driver does with many tokens, with failures and with wrong answers, in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actors import ragged
+from actors.experience import Prompts, Rollouts, Scores
+from actors.learner import LearnerReady, UpdatePlan, UpdateReport
+from actors.reward import RewardReport
+from actors.rollout import RolloutReport
+from actors.weights import Manifest
+
+
+def rollouts(sample_ids: np.ndarray[Any, Any], group_size: int, length: int, version: int) -> Rollouts:
+    """Rollouts of 2 prompt tokens and `length` sampled ones, which are a function of the sample's id."""
+    rows, width = len(sample_ids), 2 + length
+    offsets = np.arange(rows + 1) * width
+    acted = np.tile(np.arange(width) >= 2, rows)
+    tokens = (np.repeat(sample_ids, width) * 31 + np.tile(np.arange(width), rows)) % 97
+    one, none = np.arange(rows + 1), np.zeros(rows + 1, np.int32)
+    return Rollouts.of(
+        {
+            "sample_id": sample_ids,
+            "group_id": sample_ids // group_size,
+            "tokens": ragged.unflat(tokens.astype(np.int32), offsets, pa.int32()),
+            "action_mask": ragged.unflat(acted, offsets, pa.bool_()),
+            "logprobs": ragged.unflat(np.where(acted, -1.5, 0).astype(np.float32), offsets, pa.float32()),
+            "versions": ragged.unflat(np.where(acted, version, -1).astype(np.int32), offsets, pa.int32()),
+            "turn_starts": ragged.unflat(np.full(rows, 2, np.int32), one, pa.int32()),
+            "option": ragged.unflat(np.zeros(0, np.int16), none, pa.int16()),
+            "option_logprobs": ragged.unflat(np.zeros(0, np.float32), none, pa.float32()),
+            "finish": ["length"] * rows,
+            "metadata": ["{}"] * rows,
+        }
+    )
+
+
+def _once(marker: str) -> bool:
+    """True for the first process to ask: a file is its memory."""
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+class FakeRollout:
+    """Samples of a fixed length. die_at: a file; the first worker to generate the second chunk creates it and dies."""
+
+    def __init__(self, length: int, die_at: str = "") -> None:
+        self.length = length
+        self.die_at = die_at
+
+    def generate(self, prompts: pa.Table, group_size: int, chunk: int, attempt: int, weights: Any) -> tuple[RolloutReport, pa.Table]:
+        groups = Prompts(prompts).table["group_id"].to_numpy()
+        if self.die_at and chunk == 1 and _once(self.die_at):
+            os._exit(1)
+        ids = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
+        table = rollouts(ids, group_size, self.length, weights.version).table
+        report = RolloutReport(
+            chunk=chunk, attempt=attempt, version=weights.version, checksum="", samples=len(ids), prompt_tokens=2 * len(ids),
+            action_tokens=self.length * len(ids), lengths=np.full(len(ids), 2 + self.length, np.int32), stopped=0, truncated=len(ids), seconds=0.001,
+        )  # fmt: skip
+        return report, table
+
+
+class FakeReward:
+    """Scores sample s with s % 5. fail: sample ids that never get a reward. hang_at: as FakeRollout.die_at, but it sleeps."""
+
+    def __init__(self, fail: tuple[int, ...] = (), hang_at: str = "") -> None:
+        self.fail = fail
+        self.hang_at = hang_at
+
+    def score(self, table: pa.Table, chunk: int, attempt: int) -> tuple[RewardReport, pa.Table]:
+        if self.hang_at and chunk == 1 and _once(self.hang_at):
+            time.sleep(600)
+        ids = Rollouts(table).table["sample_id"].to_numpy()
+        ok = ~np.isin(ids, self.fail)
+        scores = Scores.of(
+            {
+                "sample_id": ids,
+                "reward": np.where(ok, ids % 5, np.nan).astype(np.float32),
+                "turn_rewards": ragged.unflat(np.zeros(0, np.float32), np.zeros(len(ids) + 1, np.int32), pa.float32()),
+                "status": np.where(ok, "ok", "error").tolist(),
+                "detail": np.where(ok, "", "told to fail").tolist(),
+            }
+        )
+        report = RewardReport(
+            chunk=chunk, attempt=attempt, samples=len(ids), ok=int(ok.sum()), failed=int((~ok).sum()), mean=0.0, seconds=0.001,
+            failures={int(s): "error: told to fail" for s in ids[~ok]},
+        )  # fmt: skip
+        return report, scores.table
+
+
+class FakeLearner:
+    """Takes experience and learns nothing; writes down which samples it was given."""
+
+    def __init__(self, rank: int, ranks: int, seen: str, timeout_s: float) -> None:
+        self.seen = Path(seen)
+
+    def connect(self, address: str, port: int) -> LearnerReady:
+        return LearnerReady(parameters=1, trainable=1, device="cpu", dtype="float32", context=64)
+
+    def update(self, experience: pa.Table, plan: UpdatePlan) -> UpdateReport:
+        with self.seen.open("a") as file:
+            file.write("".join(f"{s}\n" for s in experience["sample_id"].to_pylist()))
+        return UpdateReport(
+            updates=1, skipped=0, loss=0.0, grad_norm=0.0, grad_norm_max=0.0, learning_rate=0.0, statistics={"entropy": 0.0}, ratio_deviation=0.0,
+            logprob_gap=0.0, logprob_gap_max=0.0, action_tokens=1, seconds=0.001,
+        )  # fmt: skip
+
+    def publish(self, version: int, dtype: str) -> tuple[Manifest, None]:
+        return Manifest(names=(), shapes=(), dtype="float32", offsets=(), checksum=f"version {version}"), None

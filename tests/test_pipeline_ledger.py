@@ -1,0 +1,167 @@
+"""The ledger and the buffer: every sample ends once, and the account balances at every moment."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pipeline.buffer import Buffer
+from pipeline.ledger import Ledger, State
+
+
+def through(ledger: Ledger, number: int, failed: dict[int, str] | None = None) -> None:
+    ledger.generated(number)
+    ledger.scored(number, failed or {})
+
+
+def test_sample_ids_are_dense_and_deterministic() -> None:
+    ledger = Ledger(group_size=4)
+    first, second = ledger.issue(2, version=0), ledger.issue(3, version=0)
+    assert (first.first_sample, first.samples) == (0, 8)
+    assert (second.first_group, second.first_sample, second.samples) == (2, 8, 12)
+    assert second.trainable() == list(range(8, 20))
+
+
+def test_the_account_of_a_step() -> None:
+    ledger = Ledger(group_size=2)
+    chunk = ledger.issue(3, version=0)
+    assert ledger.check().in_flight == 6
+    through(ledger, chunk.number, {3: "error: division by zero"})
+    assert chunk.trainable() == [0, 1, 4, 5]
+    ledger.close([chunk.number], trained=4)
+    account = ledger.check()
+    assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (6, 4, 1, 1, 0)
+    assert ledger.quarantined == {3: "error: division by zero"}
+
+
+def test_training_a_sample_less_or_twice_is_noticed() -> None:
+    ledger = Ledger(group_size=1)
+    chunk = ledger.issue(4, version=0)
+    through(ledger, chunk.number)
+    with pytest.raises(AssertionError, match="trained 5 samples, the ledger gave it 4"):
+        ledger.close([chunk.number], trained=5)
+
+
+def test_a_closed_chunk_cannot_be_closed_again() -> None:
+    ledger = Ledger(group_size=1)
+    chunk = ledger.issue(4, version=0)
+    through(ledger, chunk.number)
+    ledger.close([chunk.number], trained=4)
+    with pytest.raises(KeyError):
+        ledger.close([chunk.number], trained=4)
+
+
+def test_a_reissued_chunk_keeps_its_samples_and_fences_the_old_attempt() -> None:
+    ledger = Ledger(group_size=2)
+    chunk = ledger.issue(2, version=0)
+    ledger.generated(chunk.number)
+    again = ledger.reissue(chunk.number)
+    assert (again.first_sample, again.samples, again.attempt, again.state) == (0, 4, 1, State.ISSUED)
+    assert not ledger.fence(chunk.number, 0)
+    assert ledger.fence(chunk.number, 1)
+    assert ledger.check().reissued == 4
+
+
+def test_the_watermark_is_the_first_sample_that_has_not_ended() -> None:
+    ledger = Ledger(group_size=1)
+    a, b = ledger.issue(3, version=0), ledger.issue(3, version=0)
+    through(ledger, b.number)
+    ledger.close([b.number], trained=3)
+    assert ledger.watermark == 0
+    through(ledger, a.number)
+    ledger.close([a.number], trained=3)
+    assert ledger.watermark == 6
+
+
+def test_the_buffer_gives_a_step_in_sample_order_once_it_is_full() -> None:
+    ledger = Ledger(group_size=1)
+    buffer = Buffer(ledger, samples=4, max_staleness=0)
+    a, b = ledger.issue(2, version=5), ledger.issue(2, version=5)
+    for chunk in (b, a):
+        buffer.put_rollouts(chunk.number, f"rollouts {chunk.number}")  # type: ignore[arg-type]
+        assert buffer.ready() == []
+        through(ledger, chunk.number)
+        buffer.put_scores(chunk.number, f"scores {chunk.number}")  # type: ignore[arg-type]
+    batch = buffer.take(step=9, version=5)
+    assert batch.sample_ids == (0, 1, 2, 3)
+    assert batch.rollouts == ("rollouts 0", "rollouts 1")
+
+
+def test_the_buffer_waits_for_a_refill_when_a_group_was_spoiled() -> None:
+    ledger = Ledger(group_size=2)
+    buffer = Buffer(ledger, samples=4, max_staleness=0)
+    a = ledger.issue(2, version=0)
+    buffer.put_rollouts(0, None)  # type: ignore[arg-type]
+    buffer.put_scores(0, None)  # type: ignore[arg-type]
+    through(ledger, a.number, {0: "timeout: 1 s"})
+    assert buffer.ready() == []
+    b = ledger.issue(1, version=0)
+    buffer.put_rollouts(1, None)  # type: ignore[arg-type]
+    buffer.put_scores(1, None)  # type: ignore[arg-type]
+    through(ledger, b.number)
+    assert buffer.take(step=0, version=0).sample_ids == (2, 3, 4, 5)
+
+
+def test_a_stale_sample_is_refused() -> None:
+    ledger = Ledger(group_size=1)
+    buffer = Buffer(ledger, samples=1, max_staleness=0)
+    chunk = ledger.issue(1, version=3)
+    buffer.put_rollouts(0, None)  # type: ignore[arg-type]
+    buffer.put_scores(0, None)  # type: ignore[arg-type]
+    through(ledger, chunk.number)
+    with pytest.raises(AssertionError, match="staleness: must be <= 0, got 4 - 3"):
+        buffer.take(step=0, version=4)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Random histories of issue, generate, fail, re-issue, close: the account balances after every single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(group_size=3)
+        self.ended: set[int] = set()
+
+    def in_state(self, state: State) -> list[int]:
+        return [c.number for c in self.ledger.open.values() if c.state is state]
+
+    @rule(groups=st.integers(1, 4))
+    def issue(self, groups: int) -> None:
+        self.ledger.issue(groups, version=0)
+
+    @precondition(lambda self: self.in_state(State.ISSUED))
+    @rule(data=st.data())
+    def generate(self, data: st.DataObject) -> None:
+        self.ledger.generated(data.draw(st.sampled_from(self.in_state(State.ISSUED))))
+
+    @precondition(lambda self: self.in_state(State.GENERATED))
+    @rule(data=st.data())
+    def score(self, data: st.DataObject) -> None:
+        chunk = self.ledger.open[data.draw(st.sampled_from(self.in_state(State.GENERATED)))]
+        failed = data.draw(st.sets(st.integers(chunk.first_sample, chunk.first_sample + chunk.samples - 1)))
+        self.ledger.scored(chunk.number, dict.fromkeys(failed, "error"))
+
+    @precondition(lambda self: self.ledger.open)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        self.ledger.reissue(data.draw(st.sampled_from(sorted(self.ledger.open))))
+
+    @precondition(lambda self: self.in_state(State.SCORED))
+    @rule(data=st.data())
+    def train(self, data: st.DataObject) -> None:
+        numbers = data.draw(st.sets(st.sampled_from(self.in_state(State.SCORED)), min_size=1))
+        samples = [s for n in sorted(numbers) for s in self.ledger.open[n].trainable()]
+        assert not self.ended & set(samples), "a sample was trained twice"
+        self.ended |= set(samples)
+        self.ledger.close(sorted(numbers), trained=len(samples))
+
+    @invariant()
+    def balances(self) -> None:
+        account = self.ledger.check()
+        assert account.trained == len(self.ended)
+        assert self.ledger.watermark <= account.issued
+
+
+TestLedgerMachine = LedgerMachine.TestCase
+TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

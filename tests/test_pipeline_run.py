@@ -1,0 +1,179 @@
+"""Whole runs with real models, real Ray, real DeepSpeed and real files, as small as they come."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.experience import Experience
+from cluster.config import ClusterConfig
+from cluster.session import Session
+from pipeline.algorithms.ppo import PPO
+from pipeline.algorithms.reinforce import Reinforce
+from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load
+from pipeline.run import Result, train
+from actors.config import LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
+
+
+@pytest.fixture(scope="module")
+def walker(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the others start from: a two-layer model fine-tuned on walks, then two steps of PPO with a reference."""
+    run_dir = tmp_path_factory.mktemp("runs") / "walker"
+    train(recipe(), run_dir, Console(file=io.StringIO()))
+    return run_dir
+
+
+def recipe(**changes: Any) -> RunConfig:
+    config = RunConfig(
+        task="walks",
+        steps=2,
+        model=ModelConfig(layers=2, width=32, heads=2, context=16),
+        finetune=FinetuneConfig(epochs=2, learner=LearnerConfig(learning_rate=3e-3, micro_batch_size=32)),
+        batch=BatchConfig(prompts=24, epochs=2, minibatches=2, max_prompt_tokens=1),
+        algorithm=PPO(kl_coef=0.05),
+        sampling=SamplingConfig(max_new_tokens=9),
+        rollout=RolloutConfig(chunk_size=8, slots=8),
+        policy=LearnerConfig(learning_rate=1e-3),
+        critic=LearnerConfig(learning_rate=1e-3),
+        evaluation=EvaluationConfig(prompts=10),
+        cluster=ClusterConfig(cpus_per_bundle=1),
+    )
+    return config.model_copy(update=changes)
+
+
+def from_walker(walker: Path, **changes: Any) -> RunConfig:
+    """Reinforcement learning only, from the fine-tuned walker."""
+    return recipe(model=ModelConfig(path=str(walker / "finetuned")), finetune=FinetuneConfig(epochs=0), **changes)
+
+
+def run(config: RunConfig, run_dir: Path) -> Result:
+    return train(config, run_dir, Console(file=io.StringIO()))
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def experience(run_dir: Path, step: int) -> Experience:
+    return Experience.read(run_dir / "experience" / f"step={step}" / "experience.parquet")
+
+
+def test_the_run_folder_holds_what_is_promised(walker: Path) -> None:
+    assert {p.name for p in walker.iterdir()} >= {"config.toml", "metrics.jsonl", "experience", "policy", "finetuned", "log", "evaluation.json", "tensorboard"}
+    assert load(walker / "config.toml").steps == 2
+    assert [m["step"] for m in metrics(walker)] == [0, 1]
+    assert list((walker / "tensorboard").glob("events*"))
+    assert len(experience(walker, 1)) == 24
+    evaluation = json.loads((walker / "evaluation.json").read_text())
+    assert len(evaluation["replies"]) == evaluation["prompts"] == 10
+    assert {"mean", "low", "high"} == evaluation["gain"].keys()
+
+
+def test_the_policy_loads_with_transformers_and_has_learned(walker: Path) -> None:
+    before, after = (AutoModelForCausalLM.from_pretrained(walker / name) for name in ("finetuned", "policy"))
+    tokenizer = AutoTokenizer.from_pretrained(walker / "policy")
+    inputs = tokenizer("b", return_tensors="pt")
+    assert after.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > 1
+    moved = max((a - b).abs().max().item() for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert 0 < moved < 0.1
+
+
+def test_the_exported_policy_is_the_one_that_would_be_published(walker: Path) -> None:
+    """The log-probs of step 1 were sampled with version 1; the reference's are those of the fine-tuned model, checked by a plain forward pass."""
+    table = experience(walker, 0).table
+    model = AutoModelForCausalLM.from_pretrained(walker / "finetuned")
+    for row in table.slice(0, 6).to_pylist():
+        with torch.no_grad():
+            forward = torch.log_softmax(model(torch.tensor([row["tokens"]])).logits[0, :-1], -1)
+        expected = forward.gather(-1, torch.tensor(row["tokens"])[1:, None]).squeeze(-1)
+        acted = np.array(row["action_mask"])[1:]
+        for column in ("logprobs", "reference_logprobs", "proximal_logprobs"):
+            assert np.abs(np.array(row[column])[1:] - expected.numpy())[acted].max() < 1e-5, column
+
+
+def test_the_self_checks_are_in_the_metrics(walker: Path) -> None:
+    for m in metrics(walker):
+        assert m["policy/ratio_deviation"] < 1e-4
+        assert m["policy/logprob_gap_max"] < 1e-4
+        assert m["policy/skipped_updates"] == 0
+        assert m["ledger/issued"] == m["ledger/trained"] == 24 * (m["step"] + 1)
+        assert m["policy/entropy"] > 0
+    assert metrics(walker)[0]["kl/per_rollout"] == pytest.approx(0, abs=1e-4), "the policy starts as its reference"
+    assert abs(metrics(walker)[1]["kl/per_rollout"]) > 1e-4
+
+
+def test_processes_write_their_chatter_to_the_log_folder(walker: Path) -> None:
+    assert {"policy-0.log", "critic-0.log", "rollout-0.log", "reward-0.log", "reference-0.log"} <= {p.name for p in (walker / "log").iterdir()}
+
+
+def test_two_rollout_workers_give_the_samples_of_one_to_the_bit(walker: Path, tmp_path: Path) -> None:
+    config = from_walker(walker, algorithm=Reinforce())
+    run(config, tmp_path / "one")
+    run(config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 2})}), tmp_path / "two")
+    for step in range(2):
+        assert experience(tmp_path / "one", step).table.equals(experience(tmp_path / "two", step).table)
+
+
+def test_two_ranks_of_sharded_learners_learn_the_same(walker: Path, tmp_path: Path) -> None:
+    """ZeRO 2 on two ranks against one process: same samples in step 0, same losses and norms within float32 sums' accuracy."""
+    one = from_walker(walker)
+    sharded = LearnerConfig(learning_rate=1e-3, ranks=2, zero_stage=2, micro_batch_size=5)
+    run(one, tmp_path / "one")
+    run(one.model_copy(update={"policy": sharded, "critic": sharded}), tmp_path / "two")
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for key in ("policy/loss", "policy/grad_norm", "critic/loss", "critic/grad_norm", "reward/mean", "kl/per_rollout"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_heads_train_on_a_frozen_trunk(walker: Path, tmp_path: Path) -> None:
+    heads = LearnerConfig(learning_rate=1e-2, trainable="heads", zero_stage=0)
+    run(from_walker(walker, policy=heads, critic=heads), tmp_path / "run")
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (walker / "finetuned", tmp_path / "run" / "policy"))
+    assert torch.equal(before.transformer.h[0].mlp.c_fc.weight, after.transformer.h[0].mlp.c_fc.weight)
+    assert torch.equal(before.transformer.wte.weight, after.transformer.wte.weight)
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+@pytest.mark.slow
+def test_bfloat16_throughout(walker: Path, tmp_path: Path) -> None:
+    learner = LearnerConfig(learning_rate=1e-3, dtype="bfloat16")
+    config = from_walker(walker, policy=learner, critic=learner, reference=ReferenceConfig(dtype="bfloat16"))
+    run(config.model_copy(update={"rollout": RolloutConfig(chunk_size=8, slots=8, dtype="bfloat16")}), tmp_path / "run")
+    for m in metrics(tmp_path / "run"):
+        assert 0 < m["policy/logprob_gap_max"] < 0.5, "sampler and learner differ by bfloat16's rounding, and that is reported"
+
+
+@pytest.mark.slow
+def test_a_classifier_folder_is_a_reward(walker: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(walker / "finetuned")
+    shape = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    GPT2ForSequenceClassification(shape).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    run(from_walker(walker, reward=RewardConfig(model=str(tmp_path / "judge")), steps=1), tmp_path / "run")
+    assert np.unique(experience(tmp_path / "run", 0).table["reward"].to_numpy()).size > 5
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(walker: Path, tmp_path: Path) -> None:
+    run(from_walker(walker), tmp_path / "a")
+    run(from_walker(walker), tmp_path / "b")
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "policy").state_dict() for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert experience(tmp_path / "a", 1).table.equals(experience(tmp_path / "b", 1).table)
+
+
+def test_a_run_folder_in_use_is_refused_and_left_alone(walker: Path) -> None:
+    before = (walker / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="--run-dir: must be a new or empty folder"):
+        run(recipe(), walker)
+    assert (walker / "metrics.jsonl").read_bytes() == before
