@@ -103,7 +103,7 @@ class LearnerConfig(Config):
     """What DeepSpeed shards over the ranks: 0 nothing, 1 optimiser states, 2 also gradients, 3 also parameters."""
 
     dtype: Dtype = "float32"
-    """Weights and arithmetic of training; with bfloat16, DeepSpeed keeps float32 master weights (at every stage above 0)."""
+    """Weights and arithmetic of training; with bfloat16, DeepSpeed keeps float32 master weights, and above stage 0 sums gradients in float32 too."""
 
     trainable: Literal["all", "heads"] = "all"
     """What learns: every weight, or only the output head (policy: untied from the embeddings; critic: the value head) on the frozen trunk."""

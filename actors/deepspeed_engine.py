@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import warnings
@@ -83,17 +84,17 @@ class DeepSpeedEngine:
 
     def step(self, learning_rate: float) -> StepReport:
         """Clip and apply the accumulated gradient, or drop it on all ranks when it is not finite on any."""
-        if not self._finite_everywhere():
+        stage0_norm = self._stage0_norm()  # before stepping, which clips and clears
+        if not self._finite_everywhere() or (stage0_norm is not None and not math.isfinite(stage0_norm)):
             self._drop_gradients()
             return StepReport(grad_norm=0.0, skipped=True)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        stage0_norm = self._stage0_norm()  # before stepping, which clips and clears
         before = self._engine.skipped_steps
         self._engine.step()
-        assert self._engine.skipped_steps == before, "DeepSpeed skipped a step whose gradients were finite"
-        norm = stage0_norm if stage0_norm is not None else float(self._engine.get_global_grad_norm())
-        return StepReport(grad_norm=norm, skipped=False)
+        if self._engine.skipped_steps > before:  # finite gradients whose norm overflows: DeepSpeed's own check, alike on all ranks
+            return StepReport(grad_norm=0.0, skipped=True)
+        return StepReport(grad_norm=float(self._engine.get_global_grad_norm()) if stage0_norm is None else stage0_norm, skipped=False)
 
     def gather(self, values: Tensor) -> Tensor:
         """(N,) on every rank to (ranks, N) on every rank."""
@@ -140,6 +141,7 @@ class DeepSpeedEngine:
             self._optimizer._partition_all_parameters()
 
     def _stage0_norm(self) -> float | None:
+        """Of plain AdamW, whose norm DeepSpeed keeps to itself; None where a DeepSpeed optimiser reports it."""
         if self.config.zero_stage > 0 or self.config.dtype == "bfloat16":
             return None
         return float(torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None]))
@@ -152,8 +154,9 @@ def _import_deepspeed(compute: Compute) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The shared-memory collective would be compiled with g++ at the first init (25-45 s, and an error where there is no g++).
-    # It speeds up CPU ranks of one machine only and changes no bit; declared incompatible, DeepSpeed uses gloo throughout.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It speeds up CPU ranks of one machine only and changes no bit; declared incompatible, DeepSpeed uses gloo throughout. Setting
+    # the whole table, read nowhere else, also spares the probing of every op, which runs compilers.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed
 
 
@@ -197,8 +200,7 @@ def _settings(config: LearnerConfig, ranks: int) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "bf16" if bf16 and config.zero_stage == 0 else "fp32"},
         "fp16": {"enabled": False},
-        # Overflow is found by our own check, on every dtype and stage alike.
-        "bf16": {"enabled": bf16, "immediate_grad_update": False, "check_grad_overflow": False, "bf16_master_weights_and_grads": False},
+        "bf16": {"enabled": bf16, "immediate_grad_update": False, "check_grad_overflow": True, "bf16_master_weights_and_grads": False},
         "torch_autocast": {"enabled": False},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

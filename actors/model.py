@@ -65,7 +65,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, untie_head: bool = False, a
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def new_gpt2(tokenizer: Any, *, layers: int, width: int, heads: int, context: int, seed: int) -> PreTrainedModel:
@@ -87,7 +87,7 @@ def new_gpt2(tokenizer: Any, *, layers: int, width: int, heads: int, context: in
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config).eval()  # type: ignore[no-untyped-call, no-any-return]
+        return GPT2LMHeadModel(config).eval()
 
 
 class PolicyModel(nn.Module):
@@ -115,7 +115,7 @@ class PolicyModel(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        return self.causal_lm.get_output_embeddings()  # type: ignore[no-any-return, no-untyped-call]
+        return self.causal_lm.get_output_embeddings()  # type: ignore[no-any-return]
 
 
 class ValueModel(nn.Module):
@@ -159,8 +159,8 @@ def save_causal_lm(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None
 def _quiet_transformers() -> None:
     from transformers.utils import logging as hf_logging
 
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

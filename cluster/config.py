@@ -24,7 +24,7 @@ class ClusterConfig(Config):
     """Roles that take turns share one bundle of devices. False gives every worker devices of its own."""
 
     cpus_per_bundle: int = Field(default=0, ge=0)
-    """CPUs of one bundle, and torch threads of each process in it. 0: this machine's cores over the bundles, fixed at the start of the run."""
+    """CPUs of one bundle; the processes in it share them as torch threads. 0: this machine's cores over the bundles, fixed at the start of the run."""
 
     start_timeout_s: float = Field(default=60.0, gt=0)
     """Longest wait for Ray itself to start or answer, in seconds."""

@@ -45,7 +45,7 @@ def compare(driver: Fingerprint, worker: Fingerprint, who: str) -> None:
         raise RunError(
             who,
             "handshake",
-            f"it imports another copy of {', '.join(packages)} than the driver (different: {shown})",
+            f"it imports another copy of {', '.join(packages)} than the driver, or one edited since the run began (different: {shown})",
             "Submit the run as a Ray job, which ships the working directory, or install the same copy on every node.",
         )
 

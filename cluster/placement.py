@@ -21,6 +21,7 @@ class RoleDemand:
     role: str
     workers: int
     gpus: float  # of each worker
+    turn: str = ""  # roles with the same turn compute at the same moment and share their bundle's cores; "": this role alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,22 +37,25 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """A worker's seat: worker `index` of `role` takes `cpus` and `gpus` of bundle number `bundle`."""
+    """A worker's seat: worker `index` of `role` takes `cpus` and `gpus` of bundle number `bundle`.
+
+    cpus is what Ray counts; threads is what the process computes with while it is its turn.
+    """
 
     role: str
     index: int
     bundle: int
     cpus: float
     gpus: float
+    threads: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The seats of a run. `threads`: torch threads of every process."""
+    """The seats of a run."""
 
     bundles: tuple[Bundle, ...]
     slots: tuple[Slot, ...]
-    threads: int
 
     @property
     def cpus(self) -> int:
@@ -97,7 +101,7 @@ def plan_placement(demands: Sequence[RoleDemand], *, share_devices: bool, cpus_p
     bundles = tuple(Bundle(cpus=cpus, gpus=max(d.gpus for d in group)) for group in residents)
     by_role = {d.role: d for d in demands}
     slots = tuple(_seat(by_role[role], i, b, bundles[b], residents[b]) for role, i, b in seats)
-    return Placement(bundles=bundles, slots=slots, threads=cpus)
+    return Placement(bundles=bundles, slots=slots)
 
 
 def shortages(placement: Placement, nodes: Sequence[NodeResources]) -> list[str]:
@@ -144,7 +148,9 @@ def _seat(demand: RoleDemand, index: int, number: int, bundle: Bundle, residents
     """An equal part of the bundle, rounded down to Ray's granularity so that the parts never add up to more than the whole."""
     users = sum(resident.gpus > 0 for resident in residents)
     gpus = _part(bundle.gpus, users) if demand.gpus else 0.0
-    return Slot(role=demand.role, index=index, bundle=number, cpus=_part(bundle.cpus, len(residents)), gpus=gpus)
+    company = sum(resident.turn == demand.turn for resident in residents) if demand.turn else 1
+    threads = max(1, bundle.cpus // company)
+    return Slot(role=demand.role, index=index, bundle=number, cpus=_part(bundle.cpus, len(residents)), gpus=gpus, threads=threads)
 
 
 def _part(whole: float, parts: int) -> float:

@@ -33,6 +33,7 @@ _TOKEN = secrets.token_hex(32)  # one per process, since Ray remembers the first
 _ENVIRONMENT = {
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of calls that nobody waits for any more; the pump reports all others
     "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # inherited by a local Ray: processes that share cores must not spin while they wait for each other
 }
 
 

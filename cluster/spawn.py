@@ -46,7 +46,7 @@ class Placed:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         slot = self.placement.slot(role, index)
-        hosted = _hosted(cls, self._log_dir / f"{role}-{index}.log", self.placement.threads, slot.gpus, self._packages)
+        hosted = _hosted(cls, self._log_dir / f"{role}-{index}.log", slot.threads, slot.gpus, self._packages)
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot.bundle)
         actor: Any = ray.remote(hosted).options(num_cpus=slot.cpus, num_gpus=slot.gpus, scheduling_strategy=strategy)
         return actor.remote(*args, **kwargs)

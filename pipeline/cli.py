@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
+
     from pipeline.config import RunConfig
 
+HELP = ("-h", "--help")
 USAGE = """\
 raylign: reinforcement learning from human feedback for causal language models, on Ray
 
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's reward function is named by import path from where they stand
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in (*HELP, "help") or (arguments[0] in ("train", "plan") and arguments[1:] and arguments[1] in HELP):
         print(USAGE.format(recipes=", ".join(_bundled())), end="")
         return 0 if arguments else 2
     try:
@@ -72,11 +75,13 @@ def parse(arguments: Sequence[str]) -> Command:
         if not rest or rest[0].startswith("-"):
             raise ValueError(f"recipe: `raylign {name}` needs one, a TOML file or one of {', '.join(_bundled())}")
         recipe = rest.pop(0)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    program = "raylign quickstart" if name == "quickstart" else f"raylign {name} {recipe}"
+    parser = argparse.ArgumentParser(prog=program, usage=f"{program} [--run-dir DIR] [--section.field value ...]", add_help=False, allow_abbrev=False)
     parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--algorithm.name", dest="algorithm", default="")  # decides which other settings there are
     known, overrides = parser.parse_known_args(rest)
     path = recipe_path(recipe)
-    return Command(name=name, recipe=path.stem, run_dir=known.run_dir, config=_override(load(path), overrides, f"raylign {name}"))
+    return Command(name=name, recipe=path.stem, run_dir=known.run_dir, config=_override(load(path, known.algorithm), overrides, program))
 
 
 def run(command: Command) -> int:
@@ -92,9 +97,10 @@ def run(command: Command) -> int:
 
             show(command.config, console)
             return 0
+        run_dir = _run_dir(command)
         from pipeline.run import train
 
-        train(command.config, _run_dir(command), console)
+        train(command.config, run_dir, console)
     except (ValueError, RunError) as error:
         print(f"raylign: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -111,17 +117,39 @@ def _override(config: RunConfig, overrides: list[str], program: str) -> RunConfi
 
     from pipeline.config import RunConfig, check
 
-    spelled = [{"true": "True", "false": "False"}.get(word, word) for word in overrides]  # as in TOML
-    return check(tyro.cli(RunConfig, default=config, args=spelled, prog=program, config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)))
+    settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    return check(tyro.cli(RunConfig, default=config, args=overrides, prog=program, config=settings, registry=_toml_booleans()))
+
+
+def _toml_booleans() -> ConstructorRegistry:
+    """true and false, as in a recipe; tyro's own are Python's True and False."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def boolean(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+        if info.type is not bool:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{true,false}",
+            choices=("true", "false"),
+            instance_from_str=lambda words: words[0] == "true",
+            is_instance=lambda value: isinstance(value, bool),
+            str_from_instance=lambda value: ["true" if value else "false"],
+        )
+
+    return registry
 
 
 def _run_dir(command: Command) -> Path:
     """The run folder, absolute. Under a Ray job a relative one would lie in Ray's package folder and vanish with it."""
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray for the entrypoint of a job
     if in_job and (command.run_dir is None or not command.run_dir.is_absolute()):
-        raise ValueError(f"--run-dir: must be an absolute path in a Ray job, got {command.run_dir}; a relative one would lie in Ray's own package folder")
-    given = command.run_dir or Path("runs") / f"{command.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return given.absolute()
+        given = command.run_dir or "none"
+        raise ValueError(f"--run-dir: must be an absolute path in a Ray job, got {given}; a relative one would lie in Ray's own package folder")
+    return (command.run_dir or Path("runs") / f"{command.recipe}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
 
 
 def _bundled() -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tomllib
 from importlib import resources
 from pathlib import Path
+from typing import Any, get_args
 
 import tomli_w
 from pydantic import Field, ValidationError
@@ -119,25 +120,34 @@ class RunConfig(Config):
 
 def check(config: RunConfig) -> RunConfig:
     """The configuration, if its fields go together. Raises ValueError for a combination that no single field can judge."""
-    for rule in (_batch_rules, _sampling_rules, _model_rules):
+    for rule in (_batch_rules, _algorithm_rules, _sampling_rules, _model_rules):
         rule(config)
     return config
 
 
 def _batch_rules(config: RunConfig) -> None:
-    batch, algorithm = config.batch, config.algorithm
+    batch = config.batch
     if batch.minibatches > batch.samples:
         raise ValueError(
             f"batch.minibatches: must be <= batch.prompts * batch.group_size = {batch.samples}, got {batch.minibatches}; lower it or raise batch.prompts"
-        )
-    if batch.group_size < algorithm.min_group_size:
-        raise ValueError(
-            f"batch.group_size: must be >= {algorithm.min_group_size} for algorithm {algorithm.name!r}, got {batch.group_size}; it compares samples of one prompt"
         )
     if config.rollout.chunk_size < batch.group_size:
         raise ValueError(f"rollout.chunk_size: must be >= batch.group_size = {batch.group_size}, got {config.rollout.chunk_size}; a group is never split")
     if config.reward.function and config.reward.model:
         raise ValueError(f"reward: must have a function or a model, got both ({config.reward.function!r}, {config.reward.model!r}); remove one")
+
+
+def _algorithm_rules(config: RunConfig) -> None:
+    algorithm, group_size = config.algorithm, config.batch.group_size
+    if group_size < algorithm.min_group_size:
+        raise ValueError(
+            f"batch.group_size: must be >= {algorithm.min_group_size} for algorithm {algorithm.name!r}, got {group_size}; it compares samples of one prompt"
+        )
+    if algorithm.kl_target and not algorithm.kl_coef:
+        raise ValueError(
+            f"algorithm.kl_coef: must be > 0 when algorithm.kl_target is {algorithm.kl_target:g}, got 0; "
+            "the controller multiplies it, so give it a start value, or remove kl_target"
+        )
 
 
 def _sampling_rules(config: RunConfig) -> None:
@@ -155,7 +165,8 @@ def _model_rules(config: RunConfig) -> None:
     model = config.model
     if not model.path:
         if model.width % model.heads:
-            raise ValueError(f"model.width: must be a multiple of model.heads, got {model.width} and {model.heads}; use {max(model.width // model.heads, 1) * model.heads}")
+            near = max(model.width // model.heads, 1) * model.heads
+            raise ValueError(f"model.width: must be a multiple of model.heads, got {model.width} and {model.heads}; use {near}")
         needed = config.batch.max_prompt_tokens + config.sampling.max_new_tokens
         if needed > model.context:
             raise ValueError(
@@ -176,11 +187,15 @@ def recipe_path(recipe: str) -> Path:
     raise ValueError(f"recipe: must be a TOML file or one of {sorted(bundled)}, got {recipe!r}")
 
 
-def load(path: Path) -> RunConfig:
-    """Read a recipe. Raises ValueError with one line a fault, each naming field, rule and value."""
+def load(path: Path, algorithm: str = "") -> RunConfig:
+    """Read a recipe; `algorithm` names another than its own, which keeps those of the recipe's settings that it has, too.
+
+    Raises ValueError with one line a fault, each naming field, rule and value.
+    """
     try:
-        return check(RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except tomllib.TOMLDecodeError as error:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+        return check(RunConfig.model_validate(_with_algorithm(recipe, algorithm) if algorithm else recipe))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: must be TOML: {error}") from error
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}") from error
@@ -195,25 +210,46 @@ def explain(error: ValidationError) -> str:
     """pydantic's findings, one line each: field, what is wrong, the value, and the nearest right key for an unknown one."""
     lines = []
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key{_nearest(where)}")
-        else:
-            lines.append(f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}")
+        place = [str(part) for part in fault["loc"]]
+        if place[:1] == ["algorithm"]:  # pydantic puts the algorithm's name between, which is in no key
+            del place[1:2]
+        where = ".".join(place)
+        match fault["type"]:
+            case "extra_forbidden":
+                lines.append(f"{where}: unknown key{_nearest(where)}")
+            case "missing":
+                lines.append(f"{where}: must be given")
+            case "union_tag_not_found":
+                lines.append(f"{where}.name: must be given")
+            case "union_tag_invalid":
+                lines.append(f"{where}.name: must be one of {fault['ctx']['expected_tags']}, got {fault['ctx']['tag']!r}")
+            case _:
+                lines.append(f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}")
     return "\n".join(lines)
+
+
+def _with_algorithm(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    kinds: tuple[type[Config], ...] = get_args(RunConfig.model_fields["algorithm"].annotation)
+    known = {field for kind in kinds if kind.model_fields["name"].default == name for field in kind.model_fields}
+    kept = {key: value for key, value in recipe.get("algorithm", {}).items() if key in known}
+    return recipe | {"algorithm": kept | {"name": name}}
 
 
 def _nearest(where: str) -> str:
     import difflib
 
-    known = list(_keys(RunConfig))
-    close = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+    keys = leaves(RunConfig)
+    if where in keys:
+        return "; another algorithm has it"
+    sections = {key.rpartition(".")[0] for key in keys if "." in key}
+    close = difflib.get_close_matches(where, [*sections, *keys], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _keys(model: type[Config], prefix: str = "") -> list[str]:
+def leaves(model: type[Config], prefix: str = "") -> list[str]:
+    """Every key of a configuration, as `section.field`; of the algorithm, those of any."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         kinds = [k for k in (getattr(field.annotation, "__args__", None) or (field.annotation,)) if isinstance(k, type) and issubclass(k, Config)]
-        keys += [prefix + name] if not kinds else [key for kind in kinds for key in _keys(kind, f"{prefix}{name}.")]
+        keys += [prefix + name] if not kinds else [key for kind in kinds for key in leaves(kind, f"{prefix}{name}.")]
     return keys

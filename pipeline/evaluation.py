@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,8 +43,14 @@ class Report:
     response_tokens: float
 
     @property
-    def reward(self) -> float:
-        return float(np.nanmean(self.rewards))
+    def prompt_rewards(self) -> npt.NDArray[np.float64]:
+        """Mean reward of each prompt's scored samples, (R / samples,), nan where none was scored."""
+        rewards = self.rewards.reshape(-1, self.samples)
+        scored = ~np.isnan(rewards)
+        sums, counts = np.where(scored, rewards, 0).sum(axis=1), scored.sum(axis=1)
+        means = np.full(sums.shape, np.nan)
+        means[counts > 0] = sums[counts > 0] / counts[counts > 0]
+        return means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +73,14 @@ class Comparison:
     gain: Interval
 
     def record(self, shown: int) -> dict[str, Any]:
-        """What is saved as JSON: the numbers, and the first `shown` replies of each side."""
+        """What is saved as JSON: the numbers, and the first `shown` replies of each side. JSON knows no nan: what is not there is null."""
         sides = {
             name: {
                 "reward": asdict(interval),
-                "kl": report.kl,
+                "kl": _number(report.kl),
                 "distinct_2": report.distinct_2,
                 "response_tokens": report.response_tokens,
-                "rewards": report.rewards.tolist(),
+                "rewards": [_number(reward) for reward in report.rewards.tolist()],
             }
             for name, report, interval in (("before", self.before, self.before_reward), ("after", self.after, self.after_reward))
         }
@@ -99,7 +106,8 @@ class Pair:
 
 def compare(before: Report, after: Report, seed: int) -> Comparison:
     """Means, differences and their intervals; one prompt counts once however often it was sampled."""
-    old, new = (np.nanmean(r.rewards.reshape(-1, r.samples), axis=1) for r in (before, after))
+    assert before.prompts == after.prompts, "before and after must answer the same prompts"
+    old, new = before.prompt_rewards, after.prompt_rewards
     return Comparison(
         before=before,
         after=after,
@@ -117,6 +125,10 @@ def bootstrap(values: npt.NDArray[np.float64], seed: int, resamples: int = 10_00
     draws = np.random.Generator(np.random.Philox(seed)).integers(0, values.size, (resamples, values.size))
     low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
     return Interval(mean=float(values.mean()), low=float(low), high=float(high))
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value
 
 
 class Evaluator:
@@ -153,9 +165,7 @@ class Evaluator:
     def _report(self, rollouts: Rollouts, scores: Scores, reference: list[Any]) -> Report:
         tokens, offsets = ragged.flat(rollouts.table["tokens"])
         acted = ragged.flat(rollouts.table["action_mask"])[0]
-        texts = self.tokenizer.batch_decode(
-            [tokens[a:b][acted[a:b]] for a, b in zip(offsets[:-1], offsets[1:], strict=True)], skip_special_tokens=True
-        )
+        texts = self.tokenizer.batch_decode([tokens[a:b][acted[a:b]] for a, b in pairwise(offsets)], skip_special_tokens=True)
         prompts = self.tokenizer.batch_decode(self.prompts.table["tokens"].to_pylist(), skip_special_tokens=True)
         kl = float("nan")
         if reference:

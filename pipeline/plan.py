@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from actors.config import Dtype, LearnerConfig
 from cluster.placement import usable_cores
@@ -44,13 +45,14 @@ def show(config: RunConfig, console: Console) -> None:
         table.add_row(f"{slot.role}[{slot.index}]", str(slot.bundle), f"{slot.cpus:g}", f"{slot.gpus:g}", memory)
     console.print(table)
     needs = ", ".join(str(bundle) for bundle in placement.bundles)
-    console.print(f"needs {len(placement.bundles)} bundle(s): {needs}; this machine has {usable_cores()} cores", highlight=False)
+    lines = [f"needs {len(placement.bundles)} bundle(s): {needs}; this machine has {usable_cores()} cores"]
     if shape:
         total = sum(_memory(config, slot.role, shape) / 1e9 + PROCESS_GB for slot in placement.slots)
-        console.print(f"model {shape.parameters / 1e6:.1f} M parameters, context {shape.context}; about {total:.1f} GB in all", highlight=False)
+        lines.append(f"model {shape.parameters / 1e6:.1f} M parameters, context {shape.context}; about {total:.1f} GB in all")
     else:
-        console.print(f"model {config.model.path}: neither a folder here nor reachable, so its size is not known", highlight=False)
-    console.print(_arithmetic(config), highlight=False)
+        lines.append(f"model {config.model.path}: neither a folder here nor reachable, so its size is not known")
+    for line in (*lines, _arithmetic(config)):
+        console.print(Text(line), soft_wrap=True)
 
 
 def _arithmetic(config: RunConfig) -> str:

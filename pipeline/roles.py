@@ -37,14 +37,14 @@ class Roles:
 def demands(config: RunConfig) -> list[RoleDemand]:
     """What each role of reinforcement learning asks of the cluster."""
     asked = [
-        RoleDemand(role="policy", workers=config.policy.ranks, gpus=config.policy.gpus),
+        RoleDemand(role="policy", workers=config.policy.ranks, gpus=config.policy.gpus, turn="learn"),
         RoleDemand(role="rollout", workers=config.rollout.workers, gpus=config.rollout.gpus),
         RoleDemand(role="reward", workers=config.reward.workers, gpus=config.reward.gpus),
     ]
     if config.algorithm.needs_reference:
         asked.append(RoleDemand(role="reference", workers=config.reference.workers, gpus=config.reference.gpus))
     if config.algorithm.needs_critic:
-        asked.append(RoleDemand(role="critic", workers=config.critic.ranks, gpus=config.critic.gpus))
+        asked.append(RoleDemand(role="critic", workers=config.critic.ranks, gpus=config.critic.gpus, turn="learn"))
     return asked
 
 

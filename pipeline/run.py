@@ -62,8 +62,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """Fix what depends on the machine, so that the saved configuration says what really ran."""
     if config.cluster.cpus_per_bundle:
         return config
-    threads = place(config, demands(config)).threads
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_bundle": threads})})
+    cpus = place(config, demands(config)).bundles[0].cpus
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_bundle": cpus})})
 
 
 def _finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progress) -> Finetuned:

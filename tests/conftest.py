@@ -23,7 +23,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), str(
 @pytest.fixture(scope="session")
 def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     """One local Ray for all tests; it counts 16 CPUs, whatever the machine has."""
-    with Session(ClusterConfig(address="local"), tmp_path_factory.mktemp("log"), packages=("cluster", "actors"), local_cpus=16) as session:
+    with Session(ClusterConfig(address="local"), tmp_path_factory.mktemp("log"), packages=("cluster",), local_cpus=16) as session:
         yield session
 
 

@@ -60,6 +60,17 @@ def test_a_bad_gradient_on_one_rank_is_skipped_on_all_and_leaves_no_trace(stage:
     assert any(not torch.equal(tensor, start[name]) for name, tensor in alone.weights.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finite_gradients_whose_norm_overflows_float32_do_no_harm(stage: int, dtype: str, path: str) -> None:
+    course = plan(epochs=1, minibatches=1)
+    got = train_on(2, path, config(zero_stage=stage, dtype=dtype), [poisoned(1e30)], [course])
+    [report] = got.reports
+    assert (report.updates, report.skipped) == ((1, 0) if stage == 3 else (0, 1))  # ZeRO-3 alone takes the norm in float64, and clips
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in got.weights.values())
+
+
 def test_a_finite_loss_with_an_infinite_gradient_is_what_poison_is(path: str) -> None:
     [report] = train_on(1, path, config(), [poisoned(POISON)], [plan(epochs=1, minibatches=1)]).reports
     assert report.skipped == 1

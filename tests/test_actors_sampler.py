@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,15 @@ from hypothesis import strategies as st
 
 from actors.config import SamplingConfig
 from actors.generation.sampler import BLOCK, keep_top_k, keep_top_p, sample, uniforms
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A second thread only costs time on tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def reference_top_k(logits: np.ndarray, k: int) -> set[int]:
@@ -26,7 +37,8 @@ def reference_top_p(logits: np.ndarray, p: float) -> set[int]:
             break
         kept.add(i)
         mass += probabilities[i]
-    return {i for i in range(len(logits)) if logits[i] >= min(logits[j] for j in kept)}
+    least = min(logits[i] for i in kept)
+    return {i for i in range(len(logits)) if logits[i] >= least}
 
 
 def kept(logits: torch.Tensor) -> list[set[int]]:

@@ -21,7 +21,7 @@ def test_roles_that_take_turns_share_bundle_i() -> None:
     demands = [RoleDemand("policy", 2, 0), RoleDemand("rollout", 2, 0), RoleDemand("reward", 1, 0)]
     placement = plan_placement(demands, share_devices=True, cpus_per_bundle=0, local_cpus=8)
     assert placement.bundles == (Bundle(cpus=4, gpus=0), Bundle(cpus=4, gpus=0))
-    assert placement.threads == 4
+    assert {slot.threads for slot in placement.slots} == {4}
     assert seats(placement) == [
         ("policy", 0, 0, 1.3333, 0),
         ("policy", 1, 1, 2, 0),
@@ -29,6 +29,13 @@ def test_roles_that_take_turns_share_bundle_i() -> None:
         ("rollout", 1, 1, 2, 0),
         ("reward", 0, 0, 1.3333, 0),
     ]
+
+
+def test_roles_of_the_same_turn_share_the_cores() -> None:
+    demands = [RoleDemand("policy", 2, 0, "learn"), RoleDemand("critic", 1, 0, "learn"), RoleDemand("rollout", 2, 0)]
+    placement = plan_placement(demands, share_devices=True, cpus_per_bundle=4, local_cpus=1)
+    threads = {(slot.role, slot.index): slot.threads for slot in placement.slots}
+    assert threads == {("policy", 0): 2, ("policy", 1): 4, ("critic", 0): 2, ("rollout", 0): 4, ("rollout", 1): 4}
 
 
 def test_every_worker_has_devices_of_its_own_when_they_are_not_shared() -> None:
@@ -49,7 +56,7 @@ def test_a_shared_gpu_is_divided_among_those_who_use_it() -> None:
 def test_more_bundles_than_cores_get_one_cpu_each() -> None:
     placement = plan_placement([RoleDemand("rollout", 5, 0)], share_devices=True, cpus_per_bundle=0, local_cpus=2)
     assert placement.bundles == (Bundle(cpus=1, gpus=0),) * 5
-    assert placement.threads == 1
+    assert {slot.threads for slot in placement.slots} == {1}
 
 
 @given(
@@ -81,8 +88,8 @@ def test_gpus_that_ray_cannot_hand_out_are_refused(gpus: float, share: bool, mes
 
 
 def placement_of(*bundles: Bundle) -> Placement:
-    slots = tuple(Slot(role="w", index=i, bundle=i, cpus=b.cpus, gpus=b.gpus) for i, b in enumerate(bundles))
-    return Placement(bundles=bundles, slots=slots, threads=1)
+    slots = tuple(Slot(role="w", index=i, bundle=i, cpus=b.cpus, gpus=b.gpus, threads=1) for i, b in enumerate(bundles))
+    return Placement(bundles=bundles, slots=slots)
 
 
 def test_what_fits_is_not_reported() -> None:

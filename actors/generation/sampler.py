@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from actors.config import SamplingConfig
@@ -72,24 +72,24 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The token at which the running sum of probabilities first exceeds the uniform number; so never one of probability zero."""
+    """The token at which the running sum of probabilities first exceeds the uniform number; so never one of probability zero.
+
+    Twice the target is kept below the sum it is compared with, in case rounding took it there: at the whole row (uniform * total may
+    round up to total), and in the block (whose float32 sum and running sum may differ in the last bit).
+    """
     rows, vocabulary = logits.shape
     blocks = -(-vocabulary // BLOCK)
+    zero = logits.new_zeros((), dtype=torch.float64)
     peak = logits.amax(-1, keepdim=True)
     weights = logits.new_zeros(rows, blocks * BLOCK)
     torch.sub(logits, peak, out=weights[:, :vocabulary]).exp_()
     weights = weights.view(rows, blocks, BLOCK)
-    sums = weights.sum(-1).double().cumsum(-1)  # (B, N)
-    total = sums[:, -1]
-    target = uniform * total
-    block = (sums <= target[:, None]).sum(-1).clamp(max=blocks - 1)  # (B,)
-    block = torch.where(target < total, block, (sums < total[:, None]).sum(-1))  # uniform * total may round up to total
-
-    inside = weights[torch.arange(rows, device=logits.device), block].double().cumsum(-1)  # (B, BLOCK)
-    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)[:, None]).squeeze(-1), 0.0)
-    # The block's float32 sum and its running sum may differ in the last bit: stay below the latter, which a token then exceeds.
-    target = torch.minimum(target - before, torch.nextafter(inside[:, -1], inside.new_zeros(())))
-    tokens = block * BLOCK + (inside <= target[:, None]).sum(-1)
-    tokens = tokens.clamp(max=vocabulary - 1)  # only rows of not-a-number get here
-    chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
-    return tokens, (chosen - peak.squeeze(-1) - total.log()).float()
+    sums = nn.functional.pad(weights.sum(-1).double().cumsum(-1), (1, 0))  # (B, N + 1), up to the start of each block, and the total
+    total = sums[:, -1:]
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, zero))
+    block = (sums[:, 1:] <= target).sum(-1, keepdim=True)  # (B, 1)
+    inside = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)  # (B, BLOCK)
+    target = torch.minimum(target - sums.gather(-1, block), torch.nextafter(inside[:, -1:], zero))
+    tokens = block * BLOCK + (inside <= target).sum(-1, keepdim=True)
+    logprobs = logits.gather(-1, tokens) - peak - total.log()
+    return tokens.squeeze(-1), logprobs.squeeze(-1).float()

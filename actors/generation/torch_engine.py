@@ -23,15 +23,14 @@ from torch import Tensor
 from actors.device import torch_dtype
 from actors.generation.engine import Completion, Request
 from actors.generation.sampler import sample, uniforms
-from actors.generation.slots import ATTENTION, Prefilled, PromptCache, SlotCache, align, register_attention
+from actors.generation.slots import ALIGN, ATTENTION, Prefilled, PromptCache, SlotCache, align, register_attention
 from actors.generation.stopping import StopStrings
 from actors.model import load_causal_lm, load_tokenizer
 
 if TYPE_CHECKING:
     from actors.config import RolloutConfig, SamplingConfig
 
-PREFILL_ROWS = 8
-PREFILL_TOKENS = 512
+PREFILL_TOKENS = 256  # enough for the matrix products to run at full speed
 
 
 class TorchEngine:
@@ -86,7 +85,7 @@ class TorchEngine:
         positions = torch.arange(width, device=self.device).clamp(max=self.context - 1).expand(len(ids), -1)
         cache = PromptCache()
         hidden = self._hidden(torch.from_numpy(ids), positions, None, cache)
-        last = torch.arange(PREFILL_ROWS, device=self.device).clamp(max=len(prompts) - 1)  # rows of the head's batch: always as many
+        last = torch.arange(PREFILL_TOKENS // ALIGN, device=self.device).clamp(max=len(prompts) - 1)  # rows of the head's batch: always as many
         ends = torch.tensor([len(p) - 1 for p in prompts], device=self.device)[last]
         logits = self._logits(hidden[last, ends])
         keys, values = cache.stacked()
@@ -106,8 +105,8 @@ class TorchEngine:
 
 
 def prefill_rows(width: int) -> int:
-    """Prompts of one prefill: 8, or fewer when they are long. Depends on the padded length alone, as then do the bits."""
-    return max(1, min(PREFILL_ROWS, PREFILL_TOKENS // width))
+    """Prompts of one prefill. Depends on their padded length alone, and so then do their bits."""
+    return max(1, PREFILL_TOKENS // width)
 
 
 def _context(config: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -63,9 +64,9 @@ class StepMetrics:
         }
         return cls(step=step, version=version, values=values)
 
-    def record(self) -> dict[str, float]:
-        """One line of metrics.jsonl."""
-        return {"step": self.step, "version": self.version, **self.values}
+    def record(self) -> dict[str, float | None]:
+        """One line of metrics.jsonl. JSON knows neither nan nor infinity: what is not a number is null."""
+        return {"step": self.step, "version": self.version, **{name: value if math.isfinite(value) else None for name, value in self.values.items()}}
 
 
 def _learner(role: str, report: UpdateReport) -> dict[str, float]:

@@ -27,7 +27,7 @@ class Observer:
 
     def step(self, metrics: StepMetrics) -> None:
         """One step is done."""
-        self._lines.write(json.dumps(metrics.record()) + "\n")
+        self._lines.write(json.dumps(metrics.record(), allow_nan=False) + "\n")
         self._lines.flush()
         for name, value in metrics.values.items():
             self._board.add_scalar(name, value, metrics.step)

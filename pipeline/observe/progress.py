@@ -37,15 +37,12 @@ class Progress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._stage, self._done, self._total, self._doing, self._note = "starting", 0, 0, "", ""
         self._began = self._spoke = time.monotonic()
         self._rewards: list[float] = []
         self._values: dict[str, float] = {}
-
-    def say(self, text: RenderableType) -> None:
-        """A lasting line above the live view."""
-        self.console.print(text, highlight=False)
+        # Last, since it renders at once.
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True) if console.is_terminal else None
 
     def stage(self, name: str, total: int) -> None:
         """A new stage of `total` parts begins."""
@@ -70,7 +67,7 @@ class Progress:
         last = self._done == self._total
         if self._live is None and (last or time.monotonic() - self._spoke > PLAIN_EVERY_S):
             self._spoke = time.monotonic()
-            self.console.print(f"{self._stage} {self._done}/{self._total}  {text()}  left {self._left()}", highlight=False, soft_wrap=True)
+            self.console.print(Text(f"{self._stage} {self._done}/{self._total}  {text()}  left {self._left()}"), soft_wrap=True)
 
     def _left(self) -> str:
         """Time left of this stage at the pace so far, as m:ss."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -18,17 +20,17 @@ def show(result: Result, config: RunConfig, console: Console) -> None:
     console.print()
     console.print(replies(result, config.evaluation.shown))
     console.print(numbers(result))
-    console.print(verdict(result), highlight=False)
-    console.print(next_steps(result), highlight=False, soft_wrap=True)
+    for text in (verdict(result), next_steps(result)):
+        console.print(Text(text), soft_wrap=True)
 
 
 def replies(result: Result, shown: int) -> Table:
-    """Replies to the same held-out prompts, before and after."""
+    """Replies to the same held-out prompts, before and after; as they are, since `[/b]` in a reply is no markup of ours."""
     table = Table(title="held-out prompts", title_justify="left", show_lines=True)
     for column in ("prompt", "before", "after"):
         table.add_column(column, overflow="fold", ratio=1)
     for pair in result.comparison.pairs(shown):
-        table.add_row(pair.prompt, pair.before, pair.after)
+        table.add_row(Text(pair.prompt), Text(pair.before), Text(pair.after))
     return table
 
 
@@ -83,7 +85,7 @@ def _kl(report: Report) -> str:
     return "-" if report.kl != report.kl else f"{report.kl:.2f} nats"
 
 
-_ROWS = {
+_ROWS: dict[str, Callable[[Report], str]] = {
     "KL to the start": _kl,
     "distinct-2": lambda report: f"{report.distinct_2:.3f}",
     "tokens of a reply": lambda report: f"{report.response_tokens:.1f}",

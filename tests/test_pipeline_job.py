@@ -1,0 +1,100 @@
+"""`ray job submit` against a head with token authentication: a good job ends well, a failing job fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RAY = Path(sys.executable).with_name("ray")
+TINY = [
+    "--steps", "2", "--model.layers", "1", "--model.width", "16", "--finetune.epochs", "1", "--batch.prompts", "8", "--batch.epochs", "1",
+    "--rollout.slots", "8", "--evaluation.prompts", "4",
+]  # fmt: skip
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[dict[str, str]]:
+    """A head of its own process group, ports and folder, that only the holder of the token may talk to; yields a client's environment."""
+    port, dashboard, folder = free_port(), free_port(), tempfile.mkdtemp(prefix="rj-", dir="/tmp")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [
+        RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
+        f"--temp-dir={folder}", "--num-cpus=4", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0",
+        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+    ]  # fmt: skip
+    with (Path(folder) / "head.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        _await(dashboard, process, Path(folder) / "head.log")
+        yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own group, hence this head and its workers only
+        process.wait(timeout=10)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _await(port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60) -> None:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        assert process.poll() is None, log.read_text()[-2000:]
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.3)
+        else:
+            return
+    raise AssertionError(f"no dashboard within {timeout_s} s:\n{log.read_text()[-2000:]}")
+
+
+def submit(environment: dict[str, str], tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(RAY), "job", "submit", "--working-dir", str(tree), "--", sys.executable, "-m", "pipeline", *arguments]
+    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a checkout ships: the three packages, another copy than the one under test, so that it must really be the shipped one."""
+    tree = tmp_path_factory.mktemp("tree")
+    for floor in ("cluster", "actors", "pipeline"):
+        shutil.copytree(ROOT / floor, tree / floor, ignore=shutil.ignore_patterns("__pycache__"))
+    return tree
+
+
+@pytest.mark.slow
+def test_a_submitted_run_ends_well(head: dict[str, str], tree: Path, tmp_path: Path) -> None:
+    (tree / "pipeline" / "shipped.py").write_text("")  # a file the installed copy lacks: the handshake compares it on every worker
+    out = submit(head, tree, "train", "walks", *TINY, "--run-dir", str(tmp_path / "run"))
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-2000:]
+    assert "succeeded" in out.stdout
+    assert "reinforce 2/2" in out.stdout
+    assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_failing_job_fails(head: dict[str, str], tree: Path, tmp_path: Path) -> None:
+    out = submit(head, tree, "train", "walks", *TINY, "--reward.function", "nowhere:nothing", "--run-dir", str(tmp_path / "run"))
+    assert out.returncode == 1
+    assert "reward.function" in out.stdout
+    relative = submit(head, tree, "train", "walks", *TINY)
+    assert relative.returncode == 1
+    assert "--run-dir: must be an absolute path in a Ray job" in relative.stdout

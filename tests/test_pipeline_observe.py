@@ -1,0 +1,360 @@
+"""What a run says of itself: a JSON line a step, TensorBoard, a live view in a terminal and plain lines elsewhere, a summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from actors.learner import UpdateReport
+from pipeline.assemble import AssemblyReport
+from pipeline.collector import Collected
+from pipeline.config import load, recipe_path
+from pipeline.evaluation import Report, compare
+from pipeline.ledger import Account
+from pipeline.observe import progress as progress_module
+from pipeline.observe import summary
+from pipeline.observe.metrics import StepMetrics
+from pipeline.observe.observer import Observer
+from pipeline.observe.progress import PLAIN_EVERY_S, SPARK, Progress, sparkline
+from pipeline.run import Result
+
+NAN = math.nan
+
+ASSEMBLED = AssemblyReport(
+    samples=100,
+    action_tokens=900,
+    prompt_tokens=100,
+    reward_mean=0.5,
+    reward_std=0.25,
+    kl_per_rollout=1.5,
+    kl_per_token=0.125,
+    advantage_std=1.0,
+    return_mean=0.75,
+    value_mean=0.625,
+    explained_variance=0.875,
+    response_tokens=9.0,
+    stopped=0.0625,
+    distinct_2=0.375,
+)
+POLICY = UpdateReport(
+    updates=4,
+    skipped=1,
+    loss=-0.03125,
+    grad_norm=2.0,
+    grad_norm_max=3.0,
+    learning_rate=0.00025,
+    statistics={"entropy": 1.25, "clip_fraction": 0.5},
+    ratio_deviation=0.0078125,
+    logprob_gap=0.015625,
+    logprob_gap_max=0.046875,
+    action_tokens=900,
+    seconds=1.0,
+)
+CRITIC = dataclasses.replace(POLICY, loss=4.0, skipped=0, statistics={"value_error": 0.5})
+ACCOUNT = Account(issued=210, trained=200, filtered=2, quarantined=3, in_flight=5, reissued=7)
+
+
+def metrics(step: int = 0, *, reward: float = 0.5, critic: UpdateReport | None = CRITIC) -> StepMetrics:
+    return StepMetrics.of(
+        step=step,
+        version=step + 1,
+        kl_coef=0.2,
+        summary=dataclasses.replace(ASSEMBLED, reward_mean=reward),
+        policy=POLICY,
+        critic=critic,
+        account=ACCOUNT,
+        collected=Collected(action_tokens=800, generate_s=0.5, score_s=0.1),
+        seconds={"rollout": 1.0, "learn": 2.0},
+    )
+
+
+def console(terminal: bool) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, force_terminal=terminal, width=100, color_system=None), out
+
+
+class Clock:
+    """Time as the test says."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress_module, "time", clock)
+    return clock
+
+
+def test_the_numbers_of_a_step() -> None:
+    values = metrics().values
+    expected = {
+        "reward/mean": 0.5,
+        "reward/std": 0.25,
+        "kl/per_rollout": 1.5,
+        "kl/per_token": 0.125,
+        "kl/coef": 0.2,
+        "advantage/std": 1.0,
+        "return/mean": 0.75,
+        "value/mean": 0.625,
+        "value/explained_variance": 0.875,
+        "rollout/response_tokens": 9.0,
+        "rollout/stopped": 0.0625,
+        "rollout/distinct_2": 0.375,
+        "rollout/tokens_per_second": 1600.0,  # of the workers, while they generate
+        "policy/loss": -0.03125,
+        "policy/grad_norm": 2.0,
+        "policy/grad_norm_max": 3.0,
+        "policy/learning_rate": 0.00025,
+        "policy/skipped_updates": 1.0,
+        "policy/entropy": 1.25,
+        "policy/clip_fraction": 0.5,
+        "policy/ratio_deviation": 0.0078125,
+        "policy/logprob_gap_mean": 0.015625,
+        "policy/logprob_gap_max": 0.046875,
+        "critic/loss": 4.0,
+        "critic/grad_norm": 2.0,
+        "critic/grad_norm_max": 3.0,
+        "critic/learning_rate": 0.00025,
+        "critic/skipped_updates": 0.0,
+        "critic/value_error": 0.5,
+        "time/rollout": 1.0,
+        "time/learn": 2.0,
+        "time/step": 3.0,
+        "time/tokens_per_second": 300.0,  # of the whole step
+        "ledger/issued": 210.0,
+        "ledger/trained": 200.0,
+        "ledger/filtered": 2.0,
+        "ledger/quarantined": 3.0,
+        "ledger/in_flight": 5.0,
+        "ledger/reissued": 7.0,
+    }
+    assert values == expected
+
+
+def test_without_a_critic_there_are_no_numbers_of_one() -> None:
+    assert {key.split("/")[0] for key in metrics().values} - {key.split("/")[0] for key in metrics(critic=None).values} == {"critic"}
+
+
+def test_metrics_are_one_json_line_a_step_on_disk_before_the_next(tmp_path: Path) -> None:
+    """A killed run keeps the line of every step it finished: the file is read while it is still being written."""
+    path = tmp_path / "metrics.jsonl"
+    with Observer(tmp_path, Progress(console(terminal=False)[0])) as observer:
+        for step in range(3):
+            observer.phase("learn")
+            observer.step(metrics(step, reward=step / 4))
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            assert [line["step"] for line in lines] == list(range(step + 1))
+            assert lines[-1] == {"step": step, "version": step + 1, **metrics(step, reward=step / 4).values}
+
+
+def test_a_later_observer_appends(tmp_path: Path) -> None:
+    for step in range(2):
+        with Observer(tmp_path, Progress(console(terminal=False)[0])) as observer:
+            observer.step(metrics(step))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:
+    """Strict readers of JSON (jq, JavaScript) refuse a bare NaN."""
+    odd = dataclasses.replace(metrics(), values=metrics().values | {"kl/per_rollout": NAN, "policy/loss": math.inf})
+    with Observer(tmp_path, Progress(console(terminal=False)[0])) as observer:
+        observer.step(odd)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (line["kl/per_rollout"], line["policy/loss"], line["reward/mean"]) == (None, None, 0.5)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What a TensorBoard file holds, by tag. Its records: length (8 bytes), checksum (4), an Event, checksum (4)."""
+    [path] = folder.glob("events.out.tfevents.*")
+    data, found = path.read_bytes(), dict[str, list[tuple[int, float]]]()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_tensorboard_has_every_number_of_every_step(tmp_path: Path) -> None:
+    with Observer(tmp_path, Progress(console(terminal=False)[0])) as observer:
+        for step in range(2):
+            observer.step(metrics(step, reward=step / 4))
+    found = scalars(tmp_path / "tensorboard")
+    assert set(found) == set(metrics().values)
+    assert found["reward/mean"] == [(0, 0.0), (1, 0.25)]
+    for name, value in metrics(1, reward=0.25).values.items():
+        assert found[name][1] == (1, pytest.approx(value, rel=1e-6))
+
+
+def test_elsewhere_than_in_a_terminal_a_plain_line_now_and_then(clock: Clock) -> None:
+    """The first after PLAIN_EVERY_S, and always the last of a stage; no control characters, however narrow the log."""
+    to, out = console(terminal=False)
+    with Progress(to) as progress:
+        progress.stage("reinforce", 4)
+        for step, seconds in enumerate((1.0, PLAIN_EVERY_S, 1.0, 1.0)):
+            clock.now += seconds
+            progress.phase("learn")
+            progress.step(metrics(step, reward=0.125 * step))
+    assert out.getvalue().splitlines() == [
+        "reinforce 2/4  reward 0.125  KL 1.500  entropy 1.250  distinct-2 0.375  length 9.000  tok/s 300  left 0:06",
+        "reinforce 4/4  reward 0.375  KL 1.500  entropy 1.250  distinct-2 0.375  length 9.000  tok/s 300  left 0:00",
+    ]
+
+
+def test_a_stage_that_counts_without_metrics_says_how_it_went(clock: Clock) -> None:
+    to, out = console(terminal=False)
+    with Progress(to) as progress:
+        progress.stage("fine-tune", 2)
+        for note in ("loss [/b] 3.2", "loss :smile: 3.1"):  # neither markup nor emoji of ours
+            clock.now += 70
+            progress.advance(note)
+    assert out.getvalue().splitlines() == ["fine-tune 1/2  loss [/b] 3.2  left 1:10", "fine-tune 2/2  loss :smile: 3.1  left 0:00"]
+
+
+def test_the_time_left_is_of_this_stage_at_its_pace_so_far(clock: Clock) -> None:
+    to, out = console(terminal=False)
+    with Progress(to) as progress:
+        clock.now += 500  # start-up is no part of a stage
+        progress.stage("fine-tune", 1)
+        clock.now += 10
+        progress.advance("done")
+        progress.stage("reinforce", 10)
+        for step in range(10):
+            clock.now += 60 if step < 5 else 30
+            progress.step(metrics(step))
+    left = [line.rsplit("left ", 1)[1] for line in out.getvalue().splitlines()]
+    assert left == ["0:00", "9:00", "8:00", "7:00", "6:00", "5:00", "3:40", "2:34", "1:37", "0:46", "0:00"]
+
+
+def test_in_a_terminal_a_few_lines_are_drawn_and_wiped(clock: Clock) -> None:
+    to, out = console(terminal=True)
+    with Progress(to) as progress:
+        progress.stage("reinforce", 4)
+        progress.phase("publish")
+        for step, reward in enumerate((0.0, 1.0)):
+            clock.now += 30
+            progress.step(metrics(step, reward=reward))
+    drawn = out.getvalue()
+    assert re.search(r"reinforce +\S+━.* 2/4 left 1:00 publish", drawn)
+    assert "reward  KL     entropy  distinct-2  length  tok/s" in drawn
+    assert "1.000   1.500  1.250    0.375       9.000   300" in drawn
+    assert f"reward {SPARK[0]}{SPARK[-1]}" in drawn
+    assert drawn.endswith("\x1b[2K")  # the last thing it does is to clear its lines
+
+
+def test_a_new_stage_starts_from_nothing_in_a_terminal(clock: Clock) -> None:
+    to, out = console(terminal=True)
+    with Progress(to) as progress:
+        progress.stage("reinforce", 4)
+        progress.step(metrics())
+        progress.stage("evaluate after", 1)
+    assert re.search(r"evaluate after .* 0/1 left -:--", out.getvalue())
+    assert "entropy" not in out.getvalue().split("evaluate after")[-1]
+
+
+def test_the_live_view_ends_with_an_error_too() -> None:
+    """The cursor comes back, whatever happens."""
+    to, out = console(terminal=True)
+
+    def run() -> None:
+        with Progress(to) as progress:
+            progress.stage("reinforce", 4)
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        run()
+    assert out.getvalue().count("\x1b[?25h") == out.getvalue().count("\x1b[?25l") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "bars"),
+    [
+        ([], 60, ""),
+        ([3.0], 60, "▁"),
+        ([2.0, 2.0, 2.0], 60, "▁▁▁"),
+        ([0, 1, 2, 3, 4, 5, 6, 7], 60, "▁▂▃▄▅▆▇█"),
+        ([7, 0, 7], 60, "█▁█"),
+        ([-1.0, 1.0], 60, "▁█"),
+        ([0, 2, 4, 6, 8, 10, 12, 14], 4, "▁▃▅█"),  # means 1 5 9 13
+        ([0, 0, 9], 2, "▁█"),
+    ],
+)
+def test_sparkline(values: list[float], width: int, bars: str) -> None:
+    assert sparkline(values, width) == bars
+
+
+def test_a_long_sparkline_loses_no_value() -> None:
+    for n in range(1, 200):
+        marked = [0.0] * n
+        marked[n // 3] = 1.0
+        assert len(sparkline(marked)) == min(n, 60)
+        assert n == 1 or SPARK[-1] in sparkline(marked)
+
+
+def result(after: list[float], tmp_path: Path, *, replies: str = "yes", kl: float = NAN) -> Result:
+    def report(rewards: list[float], reply: str) -> Report:
+        prompts = [f"q{i}" for i in range(len(rewards))]
+        return Report(samples=1, prompts=prompts, responses=[reply] * len(rewards), rewards=np.array(rewards), kl=kl, distinct_2=0.25, response_tokens=4.5)
+
+    return Result(run_dir=tmp_path, finetuned=None, comparison=compare(report([0.0, 1.0, 2.0], "no"), report(after, replies), seed=0), seconds=61.4)
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ([1.0, 2.0, 3.0], "The reward rose: +1.000 a prompt, 95 % interval +1.000 to +1.000. 61 s in all."),
+        ([-1.0, 0.0, 1.0], "The reward fell: -1.000 a prompt, 95 % interval -1.000 to -1.000. 61 s in all."),
+        ([0.0, 1.0, 2.0], "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval +0.000 to +0.000. 61 s in all."),
+        ([1.0, 0.0, 2.0], "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval -1.000 to +1.000. 61 s in all."),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_interval_allows(after: list[float], words: str, tmp_path: Path) -> None:
+    assert summary.verdict(result(after, tmp_path)) == words
+
+
+def test_the_summary_shows_both_sides_and_where_everything_is(tmp_path: Path) -> None:
+    to, out = console(terminal=False)
+    summary.show(result([1.0, 2.0, 3.0], tmp_path, kl=0.5), load(recipe_path("walks")), to)
+    text = out.getvalue()
+    assert re.search(r"q0 +│ no +│ yes ", text)
+    assert re.search(r"reward \(95 % interval\) +│ \+1\.000 +\(\+0\.000 to \+2\.000\) +│ \+2\.000 +\(\+1\.000 to \+3\.000\)", text)
+    assert re.search(r"KL to the start +│ +0\.50 nats │ +0\.50 nats", text)
+    assert re.search(r"distinct-2 +│ +0\.250 │ +0\.250", text)
+    assert re.search(r"tokens of a reply +│ +4\.5 │ +4\.5", text)
+    assert f'from_pretrained("{tmp_path}/policy")' in text
+    for name in ("metrics.jsonl", "experience/", "evaluation.json", "config.toml", "log/"):
+        assert name in text
+
+
+def test_what_a_model_writes_is_shown_as_it_is(tmp_path: Path) -> None:
+    """A language model may write anything, `[/b]` included, which rich would take for a tag that closes nothing."""
+    to, out = console(terminal=False)
+    odd = result([1.0, 2.0, 3.0], tmp_path / "run [/x]", replies="[/b] [red]hi[/red] :smile:")
+    summary.show(odd, load(recipe_path("walks")), to)
+    assert "[/b] [red]hi[/red] :smile:" in out.getvalue()
+    assert f"{tmp_path}/run [/x]/policy" in out.getvalue()
+
+
+def test_a_kl_that_was_not_measured_is_a_dash(tmp_path: Path) -> None:
+    to, out = console(terminal=False)
+    to.print(summary.numbers(result([1.0, 2.0, 3.0], tmp_path)))
+    assert re.search(r"KL to the start +│ +- │ +- ", out.getvalue())
