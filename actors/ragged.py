@@ -20,7 +20,7 @@ def flat(column: pa.ChunkedArray | pa.Array) -> tuple[Array, Array]:
     if isinstance(column, pa.ChunkedArray):  # combine_chunks copies even a single chunk
         array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     values = array.flatten()
-    offsets = np.asarray(array.offsets) if len(array) else np.zeros(1, np.int32)
+    offsets = np.asarray(array.offsets)
     return values.to_numpy(zero_copy_only=values.type != pa.bool_()), (offsets - offsets[0]).astype(np.int64)
 
 

@@ -104,7 +104,7 @@ class RewardWorker:
             return [(float(reward), "ok", "") for reward in rewards]
         except _OutOfTimeError:
             failed: Score = (math.nan, "timeout", f"took longer than reward.timeout_s = {self.config.timeout_s:g} s")
-        except Exception as error:  # a user's code may raise anything; it becomes this sample's status
+        except Exception as error:  # noqa: BLE001 - a user's code may raise anything; it becomes this sample's status
             failed = (math.nan, "error", f"{type(error).__name__}: {error}".strip().splitlines()[0][:MAX_DETAIL])
         if len(prompts) == 1:
             return [failed]

@@ -39,6 +39,7 @@ class Placed:
         self._group = group
         self._log_dir = log_dir.absolute()
         self._packages = tuple(packages)
+        self._tasks: dict[tuple[Callable[..., Any], int], Any] = {}
 
     def spawn(self, cls: type, role: str, index: int, /, *args: Any, **kwargs: Any) -> Any:
         """Start `cls(*args, **kwargs)` as worker `index` of `role` and return its Ray handle at once; errors arrive with its first call."""
@@ -59,8 +60,10 @@ class Placed:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        return ray.remote(function).options(num_cpus=0, num_returns=num_returns, max_retries=3, scheduling_strategy=here)
+        if (function, num_returns) not in self._tasks:  # once, or every call would export the function to the whole cluster again
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            self._tasks[function, num_returns] = ray.remote(function).options(num_cpus=0, num_returns=num_returns, max_retries=3, scheduling_strategy=here)
+        return self._tasks[function, num_returns]
 
     def remove(self) -> None:
         """Give the seats back; what still sits in them is killed."""

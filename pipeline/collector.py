@@ -130,6 +130,7 @@ class Collector:
             raise RunError(
                 who="reward",
                 phase="scoring",
-                cause=f"{len(failed)} of {issued} samples have no reward, more than reward.max_failed = {self.config.reward.max_failed:g} allows; sample {sample}: {why}",
+                cause=f"{len(failed)} of {issued} samples have no reward, more than reward.max_failed = {self.config.reward.max_failed:g} allows; "
+                f"sample {sample}: {why}",
                 remedy="mend the reward function, or raise reward.max_failed if such failures are expected",
             )

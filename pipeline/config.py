@@ -46,7 +46,10 @@ class FinetuneConfig(Config):
     """Supervised fine-tuning on the task's demonstrations, before reinforcement learning."""
 
     epochs: int = Field(default=0, ge=0)
-    """Most passes over the demonstrations; 0 skips fine-tuning. It stops early once held-out perplexity rises."""
+    """Passes over the demonstrations; 0 skips fine-tuning."""
+
+    early_stop: bool = True
+    """Stop once held-out perplexity rises and keep the weights of its lowest. False: keep the last ones, for demonstrations to be learned by heart."""
 
     batch_size: int = Field(default=32, ge=1)
     """Demonstrations of one optimiser step."""

@@ -50,9 +50,7 @@ def demands(config: RunConfig) -> list[RoleDemand]:
 
 def place(config: RunConfig, asked: list[RoleDemand]) -> Placement:
     """Roles to bundles; needs `cluster.cpus_per_bundle` resolved or the local core count."""
-    return plan_placement(
-        asked, share_devices=config.cluster.share_devices, cpus_per_bundle=config.cluster.cpus_per_bundle, local_cpus=usable_cores()
-    )
+    return plan_placement(asked, share_devices=config.cluster.share_devices, cpus_per_bundle=config.cluster.cpus_per_bundle, local_cpus=usable_cores())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +123,7 @@ def start_roles(config: RunConfig, stage: Stage, model: str, reward_function: st
             untie_head=config.policy.trainable == "heads",
         ),
         reward=stage.pool("reward", config.reward.workers, config, RewardWorker, config=reward, tokenizer_path=model),
-        reference=stage.pool(
-            "reference", config.reference.workers, config, ReferenceWorker, path=model, config=config.reference, temperature=temperature
-        )
+        reference=stage.pool("reference", config.reference.workers, config, ReferenceWorker, path=model, config=config.reference, temperature=temperature)
         if algorithm.needs_reference
         else None,
     )

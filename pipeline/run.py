@@ -1,7 +1,7 @@
 """A whole run: fine-tune where the recipe asks for it, reinforce, compare, export. What `train` and `quickstart` do.
 
-    recipe --finetune--> finetuned/ --start_roles--> Driver.run --export--> policy/
-                                       `-- evaluate before ... after --> evaluation.json
+recipe --finetune--> finetuned/ --start_roles--> Driver.run --export--> policy/
+                                   `-- evaluate before ... after --> evaluation.json
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from actors.reward import load_function
 from cluster.events import Pump
 from cluster.placement import RoleDemand
 from cluster.session import Session
@@ -44,6 +45,8 @@ def train(config: RunConfig, run_dir: Path, console: Console) -> Result:
     started = time.monotonic()
     config = resolve(check(config))
     task = load_task(config.task)
+    if not config.reward.model:
+        load_function(config.reward.function or task.reward)
     _make(run_dir)
     save(config, run_dir / "config.toml")
     with Progress(console) as progress, Session(config.cluster, run_dir / "log", packages=PACKAGES, local_cpus=_cpus(config)) as session:
@@ -124,9 +127,9 @@ def _cpus(config: RunConfig) -> int:
 
 
 def _make(run_dir: Path) -> None:
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise ValueError(f"--run-dir: must be a new or empty folder, got {run_dir}; choose another, nothing in it was touched")
     try:
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise ValueError(f"--run-dir: must be a new or empty folder, got {run_dir}; choose another, nothing in it was touched")
         (run_dir / "log").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--run-dir: must be a folder that can be written, got {run_dir}: {error.strerror}") from error

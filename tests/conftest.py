@@ -16,6 +16,7 @@ TESTS = Path(__file__).resolve().parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models on two cores: more threads only wait for each other
 # Ray's workers inherit this: they import the sources, and the classes that tests define, as pytest does.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))
 

@@ -43,7 +43,9 @@ def config(*, prompts: int = 12, group_size: int = 1, chunk: int = 4, steps: int
 
 
 @contextmanager
-def fake_driver(session: Session, run: RunConfig, run_dir: Path, *, length: int = 3, die_at: str = "", fail: tuple[int, ...] = (), hang_at: str = "") -> Iterator[Driver]:
+def fake_driver(
+    session: Session, run: RunConfig, run_dir: Path, *, length: int = 3, die_at: str = "", fail: tuple[int, ...] = (), hang_at: str = ""
+) -> Iterator[Driver]:
     """A driver whose rollout, reward and policy actors are fakes; everything else is real."""
     run_dir.mkdir(parents=True, exist_ok=True)
     placed = session.place(place(run, demands(run)))

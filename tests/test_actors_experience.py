@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +38,7 @@ EXAMPLE: dict[str, object] = {  # one row of any column
     "list<item: bool>": [False, True, True],
 }
 
-Kind = type[Prompts | Rollouts | Scores | TokenLogprobs | TokenValues | Experience]
+Kind = type[Any]
 
 
 def columns(kind: Kind, rows: int = 2) -> dict[str, object]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from actors import ragged
 
-many = settings(max_examples=1000, deadline=None)
+many = settings(max_examples=600, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 TYPES = (pa.int32(), pa.int16(), pa.float32(), pa.bool_())

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,14 @@ def touchy(prompts: list[str], responses: list[str], metadata: list[dict[str, An
 
 def hang_and_swallow() -> None:
     """What a careless checker does."""
-    try:
+    with suppress(Exception):
         time.sleep(30)
-    except Exception:  # noqa: BLE001, S110
-        pass
+
+
+def hang_in_the_main_thread(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    if "hang" in responses:
+        hang_and_swallow()
+    return whose_thread(prompts, responses, metadata)
 
 
 def whose_thread(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
@@ -116,7 +121,7 @@ def test_function_gets_prompt_text_and_metadata(worker: Callable[..., RewardWork
 
 def test_special_tokens_stay_in_the_prompt_and_leave_the_response(worker: Callable[..., RewardWorker]) -> None:
     actor = worker("length")
-    prompts, responses = actor._texts(rollouts(actor, [("<|endoftext|>ask", " é!")]))  # noqa: SLF001
+    prompts, responses = actor._texts(rollouts(actor, [("<|endoftext|>ask", " é!")]))
     assert (prompts, responses) == (["<|endoftext|>ask"], [" é!"])
 
 
@@ -132,7 +137,7 @@ def test_only_action_tokens_after_the_first_are_the_response(worker: Callable[..
     actor = worker("length")
     table = rollouts(actor, [("p", "axb")])
     masked = Rollouts.of({**table.to_pydict(), "action_mask": [[False, True, False, True, True]]})
-    assert actor._texts(masked.table) == (["p"], ["ab"])  # noqa: SLF001
+    assert actor._texts(masked.table) == (["p"], ["ab"])
 
 
 @pytest.mark.parametrize(
@@ -193,22 +198,17 @@ def test_outside_the_main_thread_the_function_runs_without_a_limit(worker: Calla
     assert found[0]["reward"] == [0.0] and found[0]["status"] == ["ok"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(ray_session: object, tiny_model: Path) -> None:
     import ray
 
-    def start(function: str) -> Any:
-        config = RewardConfig(function=f"test_actors_reward:{function}", timeout_s=0.5)
-        return ray.remote(RewardWorker).options(num_cpus=0).remote(config=config, tokenizer_path=str(tiny_model))
-
-    local = RewardWorker(config=RewardConfig(function="test_actors_reward:length"), tokenizer_path=str(tiny_model))
-    table = rollouts(local, [("p", "a"), ("p", "hang")])
-    actors = start("whose_thread"), start("touchy")
-    (_, thread), (report, scores) = ray.get([actor.score.remote(table, 0, 1) for actor in actors], timeout=100)
-    for actor in actors:
-        ray.kill(actor)
-    assert thread["reward"].to_pylist() == [1.0, 1.0]
+    config = RewardConfig(function="test_actors_reward:hang_in_the_main_thread", timeout_s=0.5)
+    local = RewardWorker(config=config, tokenizer_path=str(tiny_model))
+    actor: Any = ray.remote(RewardWorker).options(num_cpus=0).remote(config=config, tokenizer_path=str(tiny_model))
+    report, scores = ray.get(actor.score.remote(rollouts(local, [("p", "a"), ("p", "hang")]), 0, 1), timeout=150)
+    ray.kill(actor)
     assert scores["status"].to_pylist() == ["ok", "timeout"]
+    assert scores["reward"].to_pylist()[0] == 1.0, "the main thread"
     assert report.seconds < 10
 
 
@@ -222,7 +222,7 @@ def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(ray
     ],
 )
 def test_function_that_cannot_be_had_is_named(path: str, problem: str) -> None:
-    with pytest.raises(ValueError, match="reward.function: must be") as raised:
+    with pytest.raises(ValueError, match=r"reward\.function: must be") as raised:
         load_function(path)
     assert problem in str(raised.value)
     assert path in str(raised.value)
@@ -248,7 +248,7 @@ def classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         folder = tmp_path_factory.mktemp("classifier")
         config = GPT2Config(vocab_size=264, n_positions=16, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5)
         config.num_labels = labels
-        GPT2ForSequenceClassification(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+        GPT2ForSequenceClassification(config).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         if not pad:
             tokenizer.pad_token = None
@@ -283,7 +283,7 @@ def test_classifier_reads_the_end_of_a_text_longer_than_its_context(classifier: 
 
 
 def test_classifier_with_several_labels_or_none_at_all_is_refused(classifier: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="reward.model: must have one output, got 3 labels"):
+    with pytest.raises(ValueError, match=r"reward\.model: must have one output, got 3 labels"):
         ClassifierReward(str(classifier(3)))
-    with pytest.raises(ValueError, match="reward.model: must be a folder or hub name of a sequence classifier"):
+    with pytest.raises(ValueError, match=r"reward\.model: must be a folder or hub name of a sequence classifier"):
         ClassifierReward(str(tmp_path))

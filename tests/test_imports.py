@@ -47,7 +47,9 @@ def test_ray_remote_is_applied_in_one_file_only() -> None:
     assert applying == []
 
 
-@pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.config", "pipeline.plan", "pipeline.tasks.smalltalk", "cluster.placement", "pipeline.algorithms.ppo"])
+@pytest.mark.parametrize(
+    "module", ["pipeline.cli", "pipeline.config", "pipeline.plan", "pipeline.tasks.smalltalk", "cluster.placement", "pipeline.algorithms.ppo"]
+)
 def test_heavy_libraries_load_late(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'ray', 'deepspeed', 'transformers'}} & sys.modules.keys()))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)

@@ -154,9 +154,7 @@ def test_value_gradients_match_finite_differences() -> None:
 
 def test_reinforce_is_ppos_first_gradient_without_values() -> None:
     """With V = 0, lambda = 1 and a ratio of 1, PPO's gradient is REINFORCE's."""
-    batch = Trajectories(
-        rewards=row(0, 0.5, 2), values=row(0, 0, 0), scores=torch.tensor([2.0]), groups=torch.tensor([0]), mask=real(3)
-    )
+    batch = Trajectories(rewards=row(0, 0.5, 2), values=row(0, 0, 0), scores=torch.tensor([2.0]), groups=torch.tensor([0]), mask=real(3))
     ppo, reinforce = PPO(lam=1.0, gamma=0.9), Reinforce(gamma=0.9)
     a, b = ppo.advantages(batch).advantages, reinforce.advantages(batch).advantages
     assert torch.equal(a, b)

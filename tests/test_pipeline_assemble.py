@@ -234,7 +234,7 @@ A = Sample(
     acted=[False, False, True, True, False, True],
     logprobs=[0, 0, -1.0, -0.5, 0, -0.25],
     reference=[0, 0, -1.5, -0.5, 0, -0.5],
-    values=[0, 0, 0.5, 1.0, 0, 1.5],
+    values=[0, 0, 0.5, 1.0, 0, 2.0],
     reward=3.0,
 )
 B = Sample(sample_id=5, group_id=2, tokens=[1, 2, 7], acted=[False, False, True], logprobs=[0, 0, -2.0], reference=[0, 0, -1.0], values=[0, 0, 1.0],
@@ -246,8 +246,8 @@ def test_a_step_by_hand() -> None:
     """KL of A: .5, 0, .25; of B: -1. With kl_coef 1 A earns -.5, 0, 3 - .25 and B 1 + 1; lambda 1 gives returns that are rewards to go."""
     report, table = run(PPO(kl_coef=1.0, lam=1.0, whiten_advantages=False), [A, B, FAILED])
     assert table["returns"].to_pylist() == [[0, 0, 2.25, 2.75, 0, 2.75], [0, 0, 2.0]]
-    assert table["advantages"].to_pylist() == [[0, 0, 1.75, 1.75, 0, 1.25], [0, 0, 1.0]]
-    returns, errors = [2.25, 2.75, 2.75, 2.0], [1.75, 1.75, 1.25, 1.0]
+    assert table["advantages"].to_pylist() == [[0, 0, 1.75, 1.75, 0, 0.75], [0, 0, 1.0]]
+    returns, errors = [2.25, 2.75, 2.75, 2.0], [1.75, 1.75, 0.75, 1.0]
     assert dataclasses.asdict(report) == pytest.approx(
         {
             "samples": 2,
@@ -259,7 +259,7 @@ def test_a_step_by_hand() -> None:
             "kl_per_token": (0.5 + 0.25 - 1) / 4,
             "advantage_std": statistics.pstdev(errors),
             "return_mean": statistics.fmean(returns),
-            "value_mean": 1.0,
+            "value_mean": 1.125,
             "explained_variance": 1 - statistics.pvariance(errors) / statistics.pvariance(returns),
             "response_tokens": 2.0,
             "stopped": 0.5,
@@ -294,7 +294,7 @@ def test_the_kl_penalty_compares_the_learners_own_log_probs_when_they_are_given(
     _, table = assemble(Shaped(kl_coef=1.0), 1.0, [4, 5], (*counts[:4], 1), *given_tables, proximal)
     assert table["proximal_logprobs"].to_pylist() == [A.values, B.values]
     assert table["logprobs"].to_pylist() == [A.logprobs, B.logprobs]
-    assert table["advantages"].to_pylist() == [[0, 0, -2.0, -1.5, 0, 3 - 2.0], [0, 0, 1 - 2.0]]
+    assert table["advantages"].to_pylist() == [[0, 0, -2.0, -1.5, 0, 3 - 2.5], [0, 0, 1 - 2.0]]
 
 
 def test_what_stands_at_prompt_and_environment_tokens_is_not_read() -> None:
@@ -324,8 +324,8 @@ def test_a_rollout_without_an_action_earns_nothing_and_disturbs_nobody() -> None
         ([[1, 7, 8, 9]], [[0, 1, 1, 1]], 1.0),
         ([[7, 8, 7, 8]], [[0, 0, 1, 1]], 1.0),  # the prompt's pair is not the policy's
         ([[7, 1, 7, 8, 7, 8]], [[0, 1, 0, 1, 0, 1]], 1.0),  # no two actions are neighbours: nothing repeats
-        ([[0, 7], [8, 9]], [[0, 1], [1, 1]], 1.0),  # 7 8 are neighbours in memory, in different rollouts
-        ([[0, 50_000, 2, 2, 50_000]], [[0, 1, 1, 1, 1]], 1.0),
+        ([[7, 8], [7, 8]], [[1, 1], [1, 1]], 1 / 2),  # 8 7 are neighbours in memory, but in different rollouts
+        ([[1, 0, 2], [1, 0, 65_536]], [[1, 1, 1], [1, 1, 1]], 3 / 4),  # 10 02 10 and 0 65536: numbers of any size stay apart
     ],
 )
 def test_distinct_2(tokens: list[list[int]], acted: list[list[int]], share: float) -> None:

@@ -37,7 +37,9 @@ def test_every_sample_is_trained_once_in_order(ray_session: Session, tmp_path: P
     assert [m["version"] for m in steps] == [1, 2, 3]
     assert [m["ledger/trained"] for m in steps] == [12, 24, 36]
     assert {m["ledger/in_flight"] for m in steps} == {0}
-    versions = [set(np.unique(Experience.read(p).table["versions"].combine_chunks().flatten().to_numpy()).tolist()) for p in sorted(tmp_path.glob("experience/*/*"))]
+    versions = [
+        set(np.unique(Experience.read(p).table["versions"].combine_chunks().flatten().to_numpy()).tolist()) for p in sorted(tmp_path.glob("experience/*/*"))
+    ]
     assert versions == [{-1, 0}, {-1, 1}, {-1, 2}]
 
 

@@ -202,7 +202,9 @@ def test_tensorboard_has_every_number_of_every_step(tmp_path: Path) -> None:
     assert set(found) == set(metrics().values)
     assert found["reward/mean"] == [(0, 0.0), (1, 0.25)]
     for name, value in metrics(1, reward=0.25).values.items():
-        assert found[name][1] == (1, pytest.approx(value, rel=1e-6))
+        step, written = found[name][1]
+        assert step == 1
+        assert written == pytest.approx(value, rel=1e-6)
 
 
 def test_elsewhere_than_in_a_terminal_a_plain_line_now_and_then(clock: Clock) -> None:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.config import LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
 from actors.experience import Experience
 from cluster.config import ClusterConfig
 from cluster.session import Session
@@ -20,7 +21,6 @@ from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.reinforce import Reinforce
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load
 from pipeline.run import Result, train
-from actors.config import LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,15 @@ def test_tasks_are_known_by_name_or_import_path() -> None:
     assert isinstance(load_task("pipeline.tasks.smalltalk:SmallTalk"), SmallTalk)
     with pytest.raises(ValueError, match=r"task: must be one of smalltalk, walks or an import path .*, got 'walk'"):
         load_task("walk")
-    with pytest.raises(ValueError, match="task: must be importable, got 'no_such_module:Task'"):
+    with pytest.raises(ValueError, match=r"task: must be importable, got 'no_such_module:Task'"):
         load_task("no_such_module:Task")
-    with pytest.raises(ValueError, match="task: must make a Task, got .* without name, reward"):
+    with pytest.raises(ValueError, match=r"task: must make a Task, got .* without name, reward"):
         load_task("test_pipeline_tasks:not_a_task")
 
 
 def test_tasks_are_found_without_torch_or_ray() -> None:
-    code = "import sys; from pipeline.tasks.task import load_task, TASKS; [load_task(t) for t in TASKS]; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=Path(__file__).parents[1])  # noqa: S603
+    code = "import sys; from pipeline.tasks.task import *; [load_task(t) for t in TASKS]; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=Path(__file__).parents[1])
     assert done.stdout.strip() == "set()"
 
 
@@ -193,7 +194,7 @@ def test_corpus_is_split_by_prompt() -> None:
 def test_every_pair_is_kept_or_counted() -> None:
     corpus = smalltalk.corpus()
     kept = sum(len(pairs) for pairs in corpus.pairs.values())
-    assert kept + sum(corpus.dropped.values()) == len(smalltalk._raw_pairs()) == 812  # noqa: SLF001
+    assert kept + sum(corpus.dropped.values()) == len(smalltalk._raw_pairs()) == 812
     lines = [line for pairs in corpus.pairs.values() for pair in pairs for line in pair]
     assert all(line == " ".join(line.split()) and words(line) and len(line) <= smalltalk.MAX_CHARACTERS for line in lines)
     assert max(Counter(pair for pairs in corpus.pairs.values() for pair in pairs).values()) == 1
@@ -223,10 +224,10 @@ def test_tidy(raw: str, tidy: str) -> None:
 
 
 def test_what_is_unfit_is_said() -> None:
-    assert smalltalk._unfit("a", 1963) == "not text"  # noqa: SLF001
-    assert smalltalk._unfit("...", "a") == "empty"  # noqa: SLF001
-    assert smalltalk._unfit("a", "b" * 121) == "too long"  # noqa: SLF001
-    assert smalltalk._unfit("a", "b") == ""  # noqa: SLF001
+    assert smalltalk._unfit("a", 1963) == "not text"
+    assert smalltalk._unfit("...", "a") == "empty"
+    assert smalltalk._unfit("a", "b" * 121) == "too long"
+    assert smalltalk._unfit("a", "b") == ""
 
 
 def test_a_typed_line_is_laid_out_as_in_training() -> None:
@@ -238,13 +239,13 @@ def test_a_typed_line_is_laid_out_as_in_training() -> None:
 def test_missing_corpus_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install chatterbot-corpus"):
-        smalltalk._folder()  # noqa: SLF001
+        smalltalk._folder()
 
 
 def test_missing_lexicon_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(ValueError, match="pip install vaderSentiment"):
-        smalltalk._analyzer.__wrapped__()  # noqa: SLF001
+        smalltalk._analyzer.__wrapped__()
 
 
 def judged(reply: str) -> float:
@@ -303,7 +304,7 @@ def test_walks_are_valid_and_end_at_the_goal_or_at_ten_nodes() -> None:
     assert {split: len(w) for split, w in drawn_walks.items()} == {"train": 1000, "heldout": 200}
     for walk in drawn_walks["train"] + drawn_walks["heldout"]:
         nodes = [ord(letter) - ord("a") for letter in walk]
-        assert nodes[0] != 0 and all(edges[u, v] for u, v in zip(nodes, nodes[1:], strict=False))
+        assert nodes[0] != 0 and all(edges[u, v] for u, v in pairwise(nodes))
         assert (nodes[-1] == 0 or len(nodes) == 10) and 0 not in nodes[:-1] and len(nodes) <= 10
 
 

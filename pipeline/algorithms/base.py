@@ -50,7 +50,8 @@ class Algorithm(Config):
     min_group_size: ClassVar[int] = 1
 
     kl_coef: float = Field(default=0.0, ge=0)
-    """Coefficient of the KL penalty to the reference in the token rewards, r_t = -kl_coef * (log pi - log pi_ref); the start value when kl_target is set. 0: no reference is kept."""
+    """Coefficient of the KL penalty in the token rewards, r_t = -kl_coef * (log pi - log pi_ref); where kl_target is set, its start value.
+    0: no reference is kept."""
 
     kl_target: float = Field(default=0.0, ge=0)
     """KL per rollout, in nats, that the adaptive controller steers towards (Ziegler et al. 2019). 0: kl_coef stays fixed."""

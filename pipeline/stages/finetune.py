@@ -3,7 +3,7 @@
     L_t = -log pi(a_t|s_t) on the tokens of the response; prompt tokens carry no loss.
 
 A demonstration is an experience whose actions are the demonstrated tokens, so nothing here trains: the stage only
-lays out tables and decides when to stop. The weights kept are those of the lowest held-out perplexity.
+lays out tables and decides when to stop.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import pyarrow as pa
 from actors import ragged
 from actors.experience import Experience, Rollouts
 from actors.learner import Learner, UpdatePlan
+from cluster.gang import Gang
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.observe.progress import Progress
 from pipeline.roles import Stage
 from pipeline.tasks.task import encode_demonstration, load_task
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
     from torch import Tensor
 
     from actors.learner import InferReport, UpdateReport
@@ -50,10 +52,9 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finetuned:
-    """Where the model is, and its perplexity on held-out responses before and after."""
+    """Where the model is, and its perplexity on held-out responses before and after (of the weights kept)."""
 
     folder: Path
-    epochs: int
     perplexity_before: float
     perplexity: float
 
@@ -81,24 +82,34 @@ def finetune(config: RunConfig, stage: Stage, run_dir: Path, progress: Progress)
     gang.start()
     gang.connect()
 
-    def perplexity() -> float:
-        reports: list[InferReport] = gang.call("held-out perplexity", lambda rank, _: rank.infer.options(num_returns=2).remote(heldout))
-        tokens = sum(r.action_tokens for r in reports)
-        return math.exp(-sum(r.mean * r.action_tokens for r in reports) / tokens)
+    def export() -> None:
+        gang.call("export", lambda rank, _: rank.export.remote(str(folder)))
 
     progress.stage("fine-tune", config.finetune.epochs)
-    before = best = perplexity()
+    before = kept = _perplexity(gang, heldout)
+    export()  # a model that fine-tuning cannot improve is kept as it is
     for epoch in range(config.finetune.epochs):
         plan = UpdatePlan(step=epoch, epochs=1, minibatches=minibatches, seed=config.seed, aggregation="token_mean")
-        report: UpdateReport = gang.call(f"fine-tuning epoch {epoch}", lambda rank, _, plan=plan: rank.update.remote(train, plan))[0]
-        now = perplexity()
+        report = _epoch(gang, train, plan)
+        now = _perplexity(gang, heldout)
         progress.advance(f"loss {report.loss:.3f}  held-out perplexity {now:.1f}")
-        if now >= best:
+        if config.finetune.early_stop and now >= kept:
             break
-        best = now
-        gang.call("export", lambda rank, _: rank.export.remote(str(folder)))
+        kept = now
+        if config.finetune.early_stop or epoch == config.finetune.epochs - 1:
+            export()
     gang.close()
-    return Finetuned(folder=folder, epochs=epoch + 1, perplexity_before=before, perplexity=best)
+    return Finetuned(folder=folder, perplexity_before=before, perplexity=kept)
+
+
+def _perplexity(gang: Gang, heldout: ObjectRef) -> float:
+    reports: list[InferReport] = gang.call("held-out perplexity", lambda rank, _: rank.infer.options(num_returns=2).remote(heldout))
+    return math.exp(-reports[0].mean)  # the same on every rank
+
+
+def _epoch(gang: Gang, train: ObjectRef, plan: UpdatePlan) -> UpdateReport:
+    reports: list[UpdateReport] = gang.call(f"fine-tuning epoch {plan.step}", lambda rank, _: rank.update.remote(train, plan))
+    return reports[0]
 
 
 def prepare(task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple[Prepared, pa.Table, pa.Table]:
@@ -146,6 +157,6 @@ def demonstrated(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Experi
             "metadata": ["{}"] * len(pairs),
             "reward": np.zeros(len(pairs), np.float32),
             "turn_rewards": empty,
-            **{name: zeros for name in ("logprobs", "proximal_logprobs", "reference_logprobs", "values", "advantages", "returns")},
+            **dict.fromkeys(("logprobs", "proximal_logprobs", "reference_logprobs", "values", "advantages", "returns"), zeros),
         }
     )

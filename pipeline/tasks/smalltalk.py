@@ -27,6 +27,7 @@ USER, BOT = "<|user|>", "<|bot|>"
 MAX_CHARACTERS = 120
 HELDOUT_PERCENT = 23  # of the distinct prompts: there are only some 450, and fewer than 100 would measure little
 NO_TALK = ("coding", "tech_support", "trivia")
+ENOUGH_WORDS = 3
 ALTERNATIVES = ("emotion", "computers")
 
 
@@ -68,17 +69,19 @@ class SmallTalk:
 def sentiment(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
     """VADER's compound score of each reply, in [-1, 1].
 
-    Two safeguards, since a policy finds what a lexicon overlooks: a positive score is multiplied by the reply's distinct-2
-    (the share of its word pairs that are not repeats), and a reply without a word scores -1, or silence would beat honesty.
+    Three safeguards, since a policy finds what a lexicon overlooks: a positive score is multiplied by the reply's distinct-2
+    (the share of its word pairs that are not repeats), a reply of one or two words earns only its share of three, or "Yes." would
+    be the best answer to everything, and a reply without a word scores -1, or silence would beat honesty.
     """
     return [_sentiment(response) for response in responses]
 
 
 def _sentiment(reply: str) -> float:
-    if not words(reply):
+    length = len(words(reply))
+    if length == 0:
         return -1.0
     compound = float(_analyzer().polarity_scores(reply)["compound"])
-    return compound * distinct_n([reply], 2) if compound > 0 else compound
+    return compound * distinct_n([reply], 2) * min(1.0, length / ENOUGH_WORDS) if compound > 0 else compound
 
 
 @cache

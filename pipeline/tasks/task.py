@@ -144,6 +144,6 @@ def _check_length(number: int, length: int, *, max_prompt_tokens: int, context: 
         )
     if length + max_new_tokens > context:
         raise ValueError(
-            f"sampling.max_new_tokens: prompt {number} must leave room for {max_new_tokens} new tokens in the model's context of {context}, got {length} prompt tokens; "
-            f"set it to at most {context - length}, or shorten the prompt"
+            f"sampling.max_new_tokens: prompt {number} must leave room for {max_new_tokens} new tokens in the model's context of {context}, "
+            f"got {length} prompt tokens; set it to at most {context - length}, or shorten the prompt"
         )

@@ -50,7 +50,5 @@ def _save(tokenizer: Tokenizer, folder: Path, special: Sequence[str]) -> None:
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=list(special), padding_side="right"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=list(special), padding_side="right")
     fast.save_pretrained(folder)

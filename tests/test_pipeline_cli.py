@@ -1,0 +1,244 @@
+"""The command line, through its real entry point, from a folder of the user's: what it says, its exit codes, and what it does not start."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+from pipeline.cli import parse
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ", ".join(sorted(path.stem for path in (ROOT / "pipeline" / "recipes").glob("*.toml")))
+HEAVY = {"torch", "ray", "deepspeed", "transformers"}
+NOWHERE = ("--cluster.address", "127.0.0.1:1", "--cluster.start-timeout-s", "1")  # should a run begin after all, it ends here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What a command printed, its exit code, and the packages it imported."""
+
+    out: str
+    err: str
+    code: int
+    imported: set[str]
+
+
+def raylign(*arguments: str, cwd: Path, **environment: str) -> Said:
+    """`python -m pipeline ARGUMENTS` in the folder `cwd`."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipeline", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stderr.splitlines(keepends=True)
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+    err = "".join(line for line in lines if not line.startswith("import time:"))
+    return Said(out=done.stdout, err=err, code=done.returncode, imported=imported)
+
+
+def test_help_comes_at_once(tmp_path: Path) -> None:
+    """In 0.05 s on two idle cores; the bound leaves room for busy ones."""
+    took = []
+    for flag in ("--help", "-h"):
+        started = time.monotonic()
+        said = raylign(flag, cwd=tmp_path)
+        took.append(time.monotonic() - started)
+        assert said.code == 0
+        assert said.err == ""
+        for word in ("raylign quickstart", "raylign train RECIPE", "raylign plan RECIPE", "--run-dir DIR", f"recipes: {RECIPES}"):
+            assert word in said.out
+        assert not {"pydantic", "tyro", "rich", *HEAVY} & said.imported
+    assert min(took) < 2
+    print(f"--help took {min(took):.3f} s")
+
+
+def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
+    said = raylign(cwd=tmp_path)
+    assert said.code == 2
+    assert "raylign train RECIPE" in said.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "command: must be quickstart, train or plan, got 'fly'; see raylign --help"),
+        (["train"], f"recipe: `raylign train` needs one, a TOML file or one of {RECIPES}"),
+        (["plan", "--steps", "3"], f"recipe: `raylign plan` needs one, a TOML file or one of {RECIPES}"),
+        (["train", "walk"], f"recipe: must be a TOML file or one of {RECIPES.split(', ')}, got 'walk'"),
+        (["plan", "torn.toml"], "torn.toml: must be TOML: Invalid value (at end of document)"),
+        (["plan", "odd.toml"], "odd.toml: steps: input should be greater than or equal to 1, got 0\nmodle: unknown key; did you mean model?\n"),
+        (["plan", "walks", "--sampling.top-k", "3"], "sampling: top_k must be 0 and top_p 1 in training, got 3 and 1.0"),
+        (["plan", "walks", "--algorithm.name", "grpq"], "walks.toml: algorithm.name: must be one of 'ppo', 'reinforce', got 'grpq'"),
+        (["plan", "walks", "--task", "chess"], "task: must be one of smalltalk, walks or an import path package.module:name, got 'chess'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_told_in_one_screen_without_a_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "torn.toml").write_text("steps = [")
+    (tmp_path / "odd.toml").write_text('task = "walks"\nsteps = 0\n[modle]\npath = "gpt2"\n')
+    said = raylign(*arguments, cwd=tmp_path)
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err.startswith("raylign: ")
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert not HEAVY & said.imported
+
+
+def test_an_unknown_override_suggests_the_right_key(tmp_path: Path) -> None:
+    said = raylign("plan", "walks", "--batch.promts", "3", cwd=tmp_path)
+    assert said.code == 2
+    assert "Unrecognized options: --batch.promts" in said.err
+    assert "Perhaps you meant:" in said.err
+    assert "--batch.prompts INT" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "many"], ["--steps", "invalid literal for int() with base 10: 'many'"]),
+        (["--steps", "0"], ["steps", "greater than or equal to 1", "input_value=0"]),
+        (["--algorithm.lam", "2"], ["algorithm", "lam", "less than or equal to 1", "input_value=2.0"]),
+        (["--policy.zero-stage", "4"], ["--policy.zero-stage", "invalid choice", "'4'", "'3')"]),
+        (["--cluster.share-devices", "maybe"], ["--cluster.share-devices", "invalid choice", "'maybe'", "('true', 'false')"]),
+        (["--algorithm.name", "reinforce", "--algorithm.lam", "1"], ["Unrecognized options: --algorithm.lam"]),
+        (["--run-dir"], ["raylign plan walks", "--run-dir: expected one argument"]),
+        (["walks"], ["Unrecognized options: walks"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_wrong_override_is_named(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    said = raylign("plan", "walks", *arguments, cwd=tmp_path)
+    assert said.code == 2
+    for word in words:
+        assert word in said.err
+    assert "Traceback" not in said.err
+
+
+def test_plan_prints_what_would_run_and_starts_nothing(tmp_path: Path) -> None:
+    said = raylign("plan", "walks", cwd=tmp_path)
+    assert said.code == 0
+    assert said.err == ""
+    for process in ("policy[0]", "rollout[0]", "reward[0]", "critic[0]"):
+        assert process in said.out
+    assert "a step: 100 prompts x 1 = 100 rollouts of at most 1 + 9 tokens," in said.out
+    assert not HEAVY & said.imported
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overrides_are_spelled_as_in_a_recipe(tmp_path: Path) -> None:
+    """Dashes or underscores, a space or an equals sign; booleans as in TOML, which leaves a text `true` as it is."""
+    said = raylign("plan", "walks", "--cluster.share-devices=false", "--cluster.cpus_per_bundle", "1", "--batch.prompts=7", "--run-dir", "x", cwd=tmp_path)
+    assert said.code == 0
+    assert "needs 4 bundle(s): 1 CPU, 1 CPU, 1 CPU, 1 CPU;" in said.out
+    assert "7 prompts x 1" in said.out
+    shared = raylign("plan", "walks", "--cluster.share-devices", "true", "--cluster.cpus-per-bundle", "2", "--sampling.stop", "true", "x", cwd=tmp_path)
+    assert "needs 1 bundle(s): 2 CPUs;" in shared.out
+
+
+def test_another_algorithm_by_its_name(tmp_path: Path) -> None:
+    said = raylign("plan", "walks", "--algorithm.name", "reinforce", "--algorithm.kl-coef", "0.1", cwd=tmp_path)
+    assert said.code == 0
+    assert "critic[0]" not in said.out
+    assert "reference[0]" in said.out
+
+
+def test_a_recipe_of_ones_own_with_a_reward_from_the_folder_one_stands_in(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('task = "walks"\nsteps = 3\n[finetune]\nepochs = 1\n[reward]\nfunction = "my_reward:length"\n')
+    (tmp_path / "my_reward.py").write_text("def length(prompts, responses, metadata):\n    return [len(r) for r in responses]\n")
+    said = raylign("plan", "mine.toml", cwd=tmp_path)
+    assert (said.code, said.err) == (0, "")
+    assert re.search(r"^a run:  3 steps", said.out, re.MULTILINE)
+
+
+def test_the_installed_command_looks_there_too(tmp_path: Path) -> None:
+    """A console script has its own folder first on its path, not the one it is called from."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    (there / "raylign").write_text("import sys\nfrom pipeline.cli import main\nsys.exit(main())\n")
+    (here / "my_reward.py").write_text("def zero(prompts, responses, metadata):\n    return [0.0] * len(responses)\n")
+    command = [sys.executable, str(there / "raylign"), "plan", "walks", "--reward.function", "my_reward:zero"]
+    done = subprocess.run(command, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_of_a_command(tmp_path: Path) -> None:
+    said = raylign("train", "--help", cwd=tmp_path)
+    assert said.code == 0
+    assert "raylign train RECIPE" in said.out
+    settings = raylign("train", "walks", "--help", cwd=tmp_path)
+    assert settings.code == 0
+    assert "usage: raylign train walks" in settings.out
+    assert re.search(r"--batch\.prompts INT\s+│?\s+│?\s+Prompts \(groups\) of a step\. \(default: 100\)", settings.out)
+    assert "--cluster.share-devices {true,false}" in settings.out
+    assert not HEAVY & (said.imported | settings.imported)
+
+
+@pytest.mark.parametrize(("command", "function"), [("plan", "nowhere:reward"), ("plan", "math:no_such_thing"), ("train", "nowhere:reward")])
+def test_a_reward_function_that_cannot_be_imported_is_refused_before_anything_starts(command: str, function: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    said = raylign(command, "walks", "--reward.function", function, "--run-dir", str(run_dir), *NOWHERE, cwd=tmp_path)
+    assert said.code == 2
+    assert said.err.startswith(f"raylign: reward.function: must be {'importable' if 'nowhere' in function else 'callable'}, got '{function}'")
+    assert "ray" not in said.imported
+    assert not run_dir.exists()
+
+
+def test_a_run_folder_with_something_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
+    kept = tmp_path / "run" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    said = raylign("train", "walks", "--run-dir", "run", *NOWHERE, cwd=tmp_path)
+    assert said.code == 2
+    assert said.err == f"raylign: --run-dir: must be a new or empty folder, got {tmp_path / 'run'}; choose another, nothing in it was touched\n"
+    assert "ray" not in said.imported
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [("notes.txt", "mine")]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    said = raylign("train", "walks", "--run-dir", "run", *NOWHERE, cwd=tmp_path)
+    assert said.code == 2
+    assert said.err.startswith(f"raylign: --run-dir: must be a folder that can be written, got {tmp_path / 'run'}")
+    assert "ray" not in said.imported
+
+
+@pytest.mark.parametrize(("run_dir", "got"), [(["--run-dir", "runs/mine"], "runs/mine"), ([], "none")], ids=["relative", "default"])
+def test_in_a_ray_job_the_run_folder_must_be_absolute(run_dir: list[str], got: str, tmp_path: Path) -> None:
+    """A job's working directory is Ray's own copy, which goes when the job goes."""
+    said = raylign("train", "walks", *run_dir, *NOWHERE, cwd=tmp_path, **{RAY_JOB_CONFIG_JSON_ENV_VAR: "{}"})
+    assert said.code == 2
+    message = f"--run-dir: must be an absolute path in a Ray job, got {got}; a relative one would lie in Ray's own package folder"
+    assert said.err == f"raylign: {message}\n"
+    assert not HEAVY & said.imported
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_exits_with_1_and_names_who_and_when(tmp_path: Path) -> None:
+    """An absolute run folder is taken in a Ray job; what fails here is the cluster, which is not there."""
+    said = raylign("train", "walks", "--run-dir", str(tmp_path / "run"), *NOWHERE, cwd=tmp_path, **{RAY_JOB_CONFIG_JSON_ENV_VAR: "{}"})
+    assert said.code == 1
+    assert re.match(r"raylign: driver failed during 'connecting to the Ray cluster at 127\.0\.0\.1:1': ", said.err)
+    assert "Traceback" not in said.err
+    assert (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_parsed_command_is_checked() -> None:
+    command = parse(["train", "walks", "--steps", "7", "--run-dir", "here", "--policy.betas", "0.5", "0.75"])
+    assert (command.name, command.recipe, command.run_dir) == ("train", "walks", Path("here"))
+    assert (command.config.steps, command.config.policy.betas, command.config.batch.prompts) == (7, (0.5, 0.75), 100)
+    with pytest.raises(ValueError, match=r"^sampling: top_k must be 0 and top_p 1 in training, got 3 and 1\.0"):
+        parse(["train", "walks", "--sampling.top-k", "3"])
