@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,31 +39,28 @@ class Placed:
         self._group = group
         self._log_dir = log_dir.absolute()
         self._packages = tuple(packages)
-        self._tasks: dict[tuple[Callable[..., Any], int], Any] = {}
 
     def spawn(self, cls: type, role: str, index: int, /, *args: Any, **kwargs: Any) -> Any:
         """Start `cls(*args, **kwargs)` as worker `index` of `role` and return its Ray handle at once; errors arrive with its first call."""
-        import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         slot = self.placement.slot(role, index)
-        hosted = _hosted(cls, self._log_dir / f"{role}-{index}.log", slot.threads, slot.gpus, self._packages)
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot.bundle)
-        actor: Any = ray.remote(hosted).options(num_cpus=slot.cpus, num_gpus=slot.gpus, scheduling_strategy=strategy)
-        return actor.remote(*args, **kwargs)
+        return self._start(cls, f"{role}-{index}", slot.threads, {"num_cpus": slot.cpus, "num_gpus": slot.gpus, "scheduling_strategy": strategy}, args, kwargs)
 
-    def task(self, function: Callable[..., Any], *, num_returns: int = 1) -> Any:
-        """`function` as a Ray task on the driver's own node, where its files are: call `.remote(*args)`, references among them are resolved.
-
-        It takes no CPU of the placement (it runs between the phases of others) and is tried again if its process is lost.
-        """
+    def spawn_beside(self, cls: type, role: str, index: int, /, *args: Any, **kwargs: Any) -> Any:
+        """The same without a seat: on the driver's own node, where its files are, for work that is done between the turns of the others."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        if (function, num_returns) not in self._tasks:  # once, or every call would export the function to the whole cluster again
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            self._tasks[function, num_returns] = ray.remote(function).options(num_cpus=0, num_returns=num_returns, max_retries=3, scheduling_strategy=here)
-        return self._tasks[function, num_returns]
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return self._start(cls, f"{role}-{index}", 1, {"num_cpus": 0, "scheduling_strategy": here}, args, kwargs)
+
+    def _start(self, cls: type, name: str, threads: int, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        import ray
+
+        hosted = _hosted(cls, self._log_dir / f"{name}.log", threads, options.get("num_gpus", 0), self._packages)
+        return ray.remote(hosted).options(**options).remote(*args, **kwargs)
 
     def remove(self) -> None:
         """Give the seats back; what still sits in them is killed."""

@@ -1,8 +1,10 @@
-"""Rollouts, scores, reference log-probs and values become experience: one Ray task over the whole step.
+"""Rollouts, scores, reference log-probs and values become experience: one call over the whole step, in an actor beside the driver.
 
 Everything that must see the whole step at once happens here, so that it cannot depend on ranks or micro-batches:
 KL penalty, returns, advantages, whitening. Tables come in by chunk or by rank, in any order; they are joined by
 sample_id and leave in the order of `sample_ids`.
+
+An actor and not a Ray task: a step longer than a second lets Ray end a task's idle process, and the next would import torch again.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class AssemblyReport:
 def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], counts: Counts, *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
     """Join, estimate, whiten. `counts`: how many of `tables` are rollouts, scores, reference, values, proximal, in that order.
 
-    (Ray resolves references only among a task's own arguments, hence the flat list.)
+    (Ray resolves references only among a call's own arguments, hence the flat list.)
     """
     parts = StepTables(**dict(zip(StepTables.__dataclass_fields__, _split(tables, counts), strict=True)))
     wanted = np.asarray(sample_ids, np.int64)
@@ -100,11 +102,18 @@ def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], co
     return _report(experience, kl[acted], acted, offsets), experience.table
 
 
-def write(path: str, table: pa.Table) -> int:
-    """Write a step's experience to Parquet and return its rows; run as a Ray task, so that no token passes through the driver."""
-    experience = Experience(table)
-    experience.write(Path(path))
-    return len(experience)
+class Assembler:
+    """The pure function `assemble` and the experience log as an actor, so that no token passes through the driver."""
+
+    def assemble(self, algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], counts: Counts, *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
+        """See `assemble`."""
+        return assemble(algorithm, kl_coef, sample_ids, counts, *tables)
+
+    def write(self, path: str, table: pa.Table) -> int:
+        """Write a step's experience to Parquet and return its rows."""
+        experience = Experience(table)
+        experience.write(Path(path))
+        return len(experience)
 
 
 class _ActionGrid:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from actors.learner import UpdatePlan, UpdateReport
 from cluster.gang import Gang, Ticket
+from cluster.pool import Work
 from pipeline.algorithms.kl_controller import KLController
-from pipeline.assemble import AssemblyReport, assemble, write
+from pipeline.assemble import AssemblyReport
 from pipeline.buffer import Batch, Buffer
 from pipeline.collector import Collected, Collector
 from pipeline.config import RunConfig
@@ -50,7 +51,6 @@ class Assembled:
     batch: Batch
     experience: ObjectRef
     report: AssemblyReport
-    written: Ticket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,6 @@ class Update:
     summary: AssemblyReport
     policy: UpdateReport
     critic: UpdateReport | None
-    written: Ticket
 
 
 @dataclass(slots=True)
@@ -92,6 +91,7 @@ class Driver:
         self.collector = Collector(config, prompts, roles.rollout, roles.reward, self.ledger, self.buffer)
         self.kl = KLController.of(config.algorithm)
         self.step = 0
+        self.logged = 0  # steps whose experience is on disk
         self.weights = self._publish(version=0)
         self.clock = Clock()
 
@@ -138,17 +138,19 @@ class Driver:
         return evaluated
 
     def assemble(self, evaluated: Evaluated) -> Assembled:
-        """One Ray task over the step; its table goes to the learners and, at the same time, to Parquet."""
+        """One call over the whole step; its table goes to the learners and, at the same time, to Parquet."""
         batch = evaluated.batch
         tables = (*batch.rollouts, *batch.scores, *evaluated.reference, *evaluated.values)
         counts = (len(batch.rollouts), len(batch.scores), len(evaluated.reference), len(evaluated.values), 0)
-        ticket = self.stage.task(assemble, "assemble", self.config.algorithm, self.kl.coef, batch.sample_ids, counts, *tables, num_returns=2)
-        summary: AssemblyReport = self.stage.finish(ticket, "experience")
-        experience = ticket.refs(0)[0]
-        path = self.run_dir / "experience" / f"step={batch.step}" / "experience.parquet"
-        written = self.stage.task(write, "writing experience", str(path), experience)
+        algorithm, coef = self.config.algorithm, self.kl.coef
+
+        def send(worker: Any, attempt: int) -> tuple[ObjectRef, ...]:
+            return tuple(worker.assemble.options(num_returns=2).remote(algorithm, coef, batch.sample_ids, counts, *tables))
+
+        [(summary, (experience,))] = self.stage.map(self.roles.assembler, "assembling", [send])
+        self._log(batch.step, experience)
         self.clock.lap("assemble")
-        return Assembled(batch=batch, experience=experience, report=summary, written=written)
+        return Assembled(batch=batch, experience=experience, report=summary)
 
     def learn(self, assembled: Assembled) -> Update:
         """Critic and policy gangs train on the step, side by side; afterwards every sample of it counts as trained."""
@@ -171,7 +173,6 @@ class Driver:
             summary=assembled.report,
             policy=policy.results()[0],
             critic=critic.results()[0] if critic else None,
-            written=assembled.written,
         )
         self.ledger.close(assembled.batch.chunks, trained=assembled.report.samples)
         for chunk in assembled.batch.chunks:
@@ -187,7 +188,7 @@ class Driver:
 
     def record(self, update: Update) -> None:
         """Metrics, KL controller, the ledger's invariant; waits for the step's Parquet file."""
-        self.stage.finish(update.written, "the experience log")
+        self._wait(lambda: self.logged > update.batch.step, "the experience log")
         account = self.ledger.check()
         kl_coef, self.kl = self.kl.coef, self.kl.update(update.summary.kl_per_rollout, update.summary.samples)
         collected, self.collector.collected = self.collector.collected, Collected()
@@ -219,6 +220,22 @@ class Driver:
 
         calls = [logprobs(rollouts, number) for rollouts, number in zip(batch.rollouts, batch.chunks, strict=True)]
         return tuple(data[0] for _, data in self.stage.map(self.roles.reference, "reference log-probs", calls))
+
+    def _log(self, step: int, experience: ObjectRef) -> None:
+        """Write the step's experience while the learners learn from it."""
+        path = str(self.run_dir / "experience" / f"step={step}" / "experience.parquet")
+
+        def done(rows: int, data: tuple[ObjectRef, ...], attempt: int) -> None:
+            self.logged = step + 1
+
+        self.roles.assembler.submit(
+            Work(
+                phase=f"writing the experience of step {step}",
+                send=lambda worker, attempt: (worker.write.remote(path, experience),),
+                on_done=done,
+                timeout_s=self.config.cluster.call_timeout_s,
+            )
+        )
 
     def _publish(self, version: int) -> PublishedWeights:
         dtype = self.config.rollout.dtype

@@ -27,9 +27,10 @@ class Roles:
     reference: Pool | None
     critic: Gang | None
     policy: Gang
+    assembler: Pool
 
     def close(self) -> None:
-        for role in (self.rollout, self.reward, self.reference, self.critic, self.policy):
+        for role in (self.rollout, self.reward, self.reference, self.critic, self.policy, self.assembler):
             if role is not None:
                 role.close()
 
@@ -62,11 +63,6 @@ class Stage:
     fingerprint: Fingerprint
     timeout_s: float
 
-    def task(self, function: Callable[..., Any], phase: str, *arguments: Any, num_returns: int = 1) -> Ticket:
-        """One call of `function` as a Ray task on the driver's node; with num_returns > 1 the first is the report."""
-        sent = self.placed.task(function, num_returns=num_returns).remote(*arguments)
-        return Ticket("task", phase, self.pump, [tuple(sent) if num_returns > 1 else (sent,)], self.timeout_s)
-
     def map(self, pool: Pool, phase: str, sends: Sequence[Callable[[Any, int], tuple[ObjectRef, ...]]]) -> list[tuple[Any, tuple[ObjectRef, ...]]]:
         """Give each call to whichever worker of the pool is free; (report, data) of each, in the order given."""
         found: dict[int, tuple[Any, tuple[ObjectRef, ...]]] = {}
@@ -87,6 +83,10 @@ class Stage:
     def pool(self, role: str, size: int, config: RunConfig, cls: type, /, **arguments: Any) -> Pool:
         return Pool(role, lambda index: self.placed.spawn(cls, role, index, **arguments), size, self.pump, config.cluster, self.fingerprint)
 
+    def beside(self, role: str, config: RunConfig, cls: type) -> Pool:
+        """A pool of one on the driver's own node, outside the placement."""
+        return Pool(role, lambda index: self.placed.spawn_beside(cls, role, index), 1, self.pump, config.cluster, self.fingerprint)
+
     def gang(self, role: str, ranks: int, config: RunConfig, cls: type, /, **arguments: Any) -> Gang:
         def spawn(rank: int) -> Any:
             return self.placed.spawn(cls, role, rank, rank=rank, ranks=ranks, timeout_s=config.cluster.call_timeout_s, **arguments)
@@ -103,6 +103,7 @@ def start_roles(config: RunConfig, stage: Stage, model: str, reward_function: st
     from actors.reference import ReferenceWorker
     from actors.reward import RewardWorker
     from actors.rollout import RolloutWorker
+    from pipeline.assemble import Assembler
 
     algorithm, temperature = config.algorithm, config.sampling.temperature
     updates = config.steps * config.batch.epochs * config.batch.minibatches
@@ -126,8 +127,9 @@ def start_roles(config: RunConfig, stage: Stage, model: str, reward_function: st
         reference=stage.pool("reference", config.reference.workers, config, ReferenceWorker, path=model, config=config.reference, temperature=temperature)
         if algorithm.needs_reference
         else None,
+        assembler=stage.beside("assembler", config, Assembler),
     )
-    everyone = [r for r in (roles.policy, roles.critic, roles.rollout, roles.reward, roles.reference) if r is not None]
+    everyone = [r for r in (roles.policy, roles.critic, roles.rollout, roles.reward, roles.reference, roles.assembler) if r is not None]
     for role in everyone:
         role.start()
     for role in everyone:

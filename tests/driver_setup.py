@@ -15,6 +15,7 @@ from cluster.events import Pump
 from cluster.session import Session
 from fakes import FakeLearner, FakeReward, FakeRollout
 from pipeline.algorithms.reinforce import Reinforce
+from pipeline.assemble import Assembler
 from pipeline.config import BatchConfig, RewardConfig, RolloutConfig, RunConfig
 from pipeline.driver import Driver
 from pipeline.observe.observer import Observer
@@ -56,12 +57,14 @@ def fake_driver(
         reference=None,
         critic=None,
         policy=stage.gang("policy", 1, run, FakeLearner, seen=str(run_dir / "seen")),
+        assembler=stage.beside("assembler", run, Assembler),
     )
     stream = PromptStream([PromptText(text=c * 2, metadata={}) for c in "abcdef"], Letters(), seed=0, max_prompt_tokens=4, context=64, max_new_tokens=4)
     try:
         roles.policy.start()
         roles.rollout.start()
         roles.reward.start()
+        roles.assembler.start()
         roles.policy.connect()
         with Observer(run_dir, Progress(Console(file=io.StringIO()))) as observer:
             yield Driver(run, run_dir, roles, stage, stream, observer)

@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from learner_helpers import POISON, Gang, Learner, gang_of, make_experience, make_learner, pair, plan, replace, save_tiny_model, train_on, weights_of
 
 from actors.config import LearnerConfig
 from actors.deepspeed_engine import _assert_settings
+from learner_helpers import POISON, Gang, Learner, gang_of, make_experience, make_learner, pair, plan, replace, save_tiny_model, train_on, weights_of
 
 STAGES = (0, 1, 2, 3)
 DTYPES = ("float32", "bfloat16")

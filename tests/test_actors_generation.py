@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from actors.config import RolloutConfig, SamplingConfig
 from actors.generation.engine import Completion, Request
 from actors.generation.stopping import StopStrings

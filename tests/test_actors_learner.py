@@ -15,6 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from torch import Tensor, nn
+
+from actors.config import LearnerConfig
+from actors.learner import Learner, LearnerReady, UpdatePlan
+from actors.micro_batches import minibatches
+from actors.model import ValueModel, load_causal_lm
+from actors.objective import ActionTokens
+from actors.weights import pack
 from learner_helpers import (
     PolicyGradient,
     SquaredError,
@@ -30,14 +38,6 @@ from learner_helpers import (
     train_on,
     weights_of,
 )
-from torch import Tensor, nn
-
-from actors.config import LearnerConfig
-from actors.learner import Learner, LearnerReady, UpdatePlan
-from actors.micro_batches import minibatches
-from actors.model import ValueModel, load_causal_lm
-from actors.objective import ActionTokens
-from actors.weights import pack
 
 STAGES = (0, 1, 2, 3)
 TEMPERATURE = 0.9  # as in make_learner

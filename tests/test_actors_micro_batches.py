@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from learner_helpers import make_experience, replace, rollouts_of
 
 from actors import ragged
 from actors.micro_batches import Batch, deal, in_row_order, minibatches
+from learner_helpers import make_experience, replace, rollouts_of
 
 CPU = torch.device("cpu")
 

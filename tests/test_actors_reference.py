@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from learner_helpers import make_experience, rollouts_of, save_tiny_model
 
 from actors.config import ReferenceConfig
 from actors.experience import TokenLogprobs
 from actors.model import load_causal_lm
 from actors.reference import ReferenceWorker
+from learner_helpers import make_experience, rollouts_of, save_tiny_model
 
 TEMPERATURE = 0.7
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from actors import ragged, weights
 from actors.config import RolloutConfig, SamplingConfig
 from actors.experience import Prompts, Rollouts

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner_helpers import save_tiny_model
 from torch import nn
 
 from actors import weights as weights_module
 from actors.model import load_causal_lm
 from actors.weights import Weights, pack
+from learner_helpers import save_tiny_model
 
 
 class Small(nn.Module):

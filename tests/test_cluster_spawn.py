@@ -68,12 +68,12 @@ def test_without_a_log_folder_the_output_stays_with_ray(placed: Placed, ray_sess
     ray.kill(handle)
 
 
-def test_a_task_runs_beside_the_seats(placed: Placed) -> None:
-    def divide(dividend: int, divisor: int) -> tuple[int, int]:
-        return divmod(dividend, divisor)
-
-    quotient, rest = placed.task(divide, num_returns=2).remote(ray.put(17), 5)
-    assert get([quotient, rest]) == [3, 2]
+def test_an_actor_beside_the_seats_takes_no_cpu_and_logs_like_the_others(placed: Placed) -> None:
+    before = ray.available_resources()["CPU"]
+    handle = placed.spawn_beside(Plain, "clerk", 0, "a", times=1)
+    assert get(handle.describe.remote()).log_file.endswith("clerk-0.log")
+    assert ray.available_resources()["CPU"] == before
+    ray.kill(handle)
 
 
 def test_an_unplanned_worker_is_a_defect(placed: Placed) -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,9 +62,14 @@ class Finetuned:
 def finetune(config: RunConfig, stage: Stage, run_dir: Path, progress: Progress) -> Finetuned:
     """Make the model of the recipe (new or given) imitate the task. Returns the folder `run_dir/finetuned`."""
     folder, learner = run_dir / "finetuned", config.finetune.learner
-    ticket = stage.task(prepare, "preparing demonstrations", config.task, config.model, config.seed, str(folder), num_returns=3)
-    prepared: Prepared = stage.finish(ticket, "demonstrations")
-    train, heldout = ticket.refs(0)
+    clerk = stage.beside("preparation", config, Preparation)
+    clerk.start()
+
+    def send(worker: Any, attempt: int) -> tuple[ObjectRef, ...]:
+        return tuple(worker.prepare.options(num_returns=3).remote(config.task, config.model, config.seed, str(folder)))
+
+    [(prepared, (train, heldout))] = stage.map(clerk, "preparing demonstrations", [send])
+    clerk.close()
     minibatches = math.ceil(prepared.train / config.finetune.batch_size)
     gang = stage.gang(
         "policy",
@@ -113,7 +118,7 @@ def _epoch(gang: Gang, train: ObjectRef, plan: UpdatePlan) -> UpdateReport:
 
 
 def prepare(task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple[Prepared, pa.Table, pa.Table]:
-    """Write a new model if the recipe names none, and encode the demonstrations: (counts, Experience, held-out Rollouts). A Ray task."""
+    """Write a new model if the recipe names none, and encode the demonstrations: (counts, Experience, held-out Rollouts)."""
     from actors.model import load_tokenizer, new_gpt2
 
     task = load_task(task_name)
@@ -132,6 +137,14 @@ def prepare(task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple
     prepared = Prepared(train=len(fitting["train"]), heldout=len(fitting["heldout"]), excluded=excluded)
     heldout = demonstrated(fitting["heldout"]).table.select(Rollouts.schema.names).cast(Rollouts.schema)
     return prepared, demonstrated(fitting["train"]).table, heldout
+
+
+class Preparation:
+    """`prepare` as an actor: texts and tensors stay out of the driver."""
+
+    def prepare(self, task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple[Prepared, pa.Table, pa.Table]:
+        """See `prepare`."""
+        return prepare(task_name, model, seed, folder)
 
 
 def demonstrated(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Experience:

@@ -24,7 +24,6 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]  # so that it runs from a checkout, installed or not
 
 import tiny_models  # noqa: E402
-
 from actors.config import RolloutConfig, SamplingConfig  # noqa: E402
 from actors.generation.engine import Request  # noqa: E402
 from actors.generation.torch_engine import TorchEngine  # noqa: E402
