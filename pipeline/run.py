@@ -128,7 +128,7 @@ def _cpus(config: RunConfig) -> int:
 
 def _make(run_dir: Path) -> None:
     try:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and any(run_dir.iterdir()):
             raise ValueError(f"--run-dir: must be a new or empty folder, got {run_dir}; choose another, nothing in it was touched")
         (run_dir / "log").mkdir(parents=True, exist_ok=True)
     except OSError as error:

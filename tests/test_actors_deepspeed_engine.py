@@ -88,6 +88,7 @@ def test_settings_that_decide_the_numbers_are_read_back(stage: int, dtype: str, 
             _assert_settings(engine, config(**settings), 1)
 
 
+@pytest.mark.slow
 def test_no_compiler_is_needed_and_nothing_is_compiled(path: str, tmp_path: Path) -> None:
     program = f"""
 import sys
@@ -121,6 +122,7 @@ def ask(gang: Gang, rank: int) -> None:
     gang._pipes[rank].send((step, ()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_stopped_peer_cannot_block_for_ever(stage: int, path: str) -> None:
     with gang_of(2) as gang:

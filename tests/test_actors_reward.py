@@ -198,6 +198,7 @@ def test_outside_the_main_thread_the_function_runs_without_a_limit(worker: Calla
     assert found[0]["reward"] == [0.0] and found[0]["status"] == ["ok"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(ray_session: object, tiny_model: Path) -> None:
     import ray

@@ -122,6 +122,7 @@ def test_a_worker_that_dies_mid_call_is_replaced_and_its_work_done_with_the_same
     assert len({worker.pid for worker in pool.workers} - before) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["hang once", "freeze"])
 def test_a_worker_that_hangs_is_killed_and_replaced(make_pool: Callable[..., Pool], trouble: str) -> None:
     pool = make_pool(size=1)

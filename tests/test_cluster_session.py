@@ -131,6 +131,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     process.wait(timeout=10)
 
 
+@pytest.mark.slow
 def test_a_cluster_named_by_ray_address_is_joined_and_left_running(head: dict[str, str], tmp_path: Path) -> None:
     with running(tmp_path / "log", **head) as (cpus, temp_dir, token, replaced, _):
         assert (float(cpus), token, replaced) == (2, head["RAY_AUTH_TOKEN"], "1")
@@ -188,6 +189,7 @@ def test_what_a_local_ray_lacks_is_said_at_once(ray_session: Session) -> None:
     assert time.monotonic() - started < 10  # cluster.place_timeout_s is 30
 
 
+@pytest.mark.slow
 def test_a_cluster_is_given_its_time_to_grow_or_to_get_free(ray_session: Session, tmp_path: Path) -> None:
     with Session(ClusterConfig(place_timeout_s=2.0), tmp_path, packages=()) as joined:
         with pytest.raises(RunError, match=r"1 of 1 bundles of 99 CPUs fit no node; .* raise cluster.place_timeout_s"):

@@ -20,7 +20,7 @@ from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, Token
 from pipeline.algorithms.base import Advantages, Algorithm, Trajectories
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.reinforce import Reinforce
-from pipeline.assemble import AssemblyReport, assemble, write
+from pipeline.assemble import Assembler, AssemblyReport, assemble
 
 seeds = st.integers(0, 2**32 - 1)
 NAN = math.nan
@@ -393,5 +393,5 @@ def test_the_number_of_tables_must_be_what_was_announced() -> None:
 def test_writing_a_step(tmp_path: Path) -> None:
     path = tmp_path / "step=0" / "experience.parquet"
     _, table = run(PPO(kl_coef=0.1), STEP)
-    assert write(str(path), table) == 2
+    assert Assembler().write(str(path), table) == 2
     assert Experience.read(path).table.equals(table)

@@ -43,6 +43,7 @@ def test_every_sample_is_trained_once_in_order(ray_session: Session, tmp_path: P
     assert versions == [{-1, 0}, {-1, 1}, {-1, 2}]
 
 
+@pytest.mark.slow
 def test_a_dead_rollout_worker_is_replaced_and_nothing_changes(ray_session: Session, tmp_path: Path) -> None:
     with fake_driver(ray_session, config(), tmp_path / "quiet") as driver:
         driver.run()
@@ -56,6 +57,7 @@ def test_a_dead_rollout_worker_is_replaced_and_nothing_changes(ray_session: Sess
         assert a.table.equals(b.table)
 
 
+@pytest.mark.slow
 def test_a_hanging_reward_worker_is_expired_and_replaced(ray_session: Session, tmp_path: Path) -> None:
     with fake_driver(ray_session, config(call_timeout_s=5), tmp_path, hang_at=str(tmp_path / "hung")) as driver:
         driver.run()
@@ -73,6 +75,7 @@ def test_a_sample_without_reward_is_quarantined_and_the_step_refilled(ray_sessio
     assert not np.isnan(rewards).any()
 
 
+@pytest.mark.slow
 def test_too_many_failed_rewards_stop_the_run_by_name(ray_session: Session, tmp_path: Path) -> None:
     with fake_driver(ray_session, config(), tmp_path, fail=tuple(range(36))) as driver, pytest.raises(RunError, match=r"reward.*told to fail") as caught:
         driver.run()
@@ -80,6 +83,7 @@ def test_too_many_failed_rewards_stop_the_run_by_name(ray_session: Session, tmp_
     assert not (tmp_path / "seen").exists(), "nothing was trained on"
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same_for_every_chunk_order(ray_session: Session, tmp_path: Path) -> None:
     """One worker or two, the learner sees the same table."""
     tables = []

@@ -19,6 +19,7 @@ GPT2 = {"layers": 12, "width": 768, "heads": 12, "context": 1024, "vocabulary": 
 
 def config(**updates: dict[str, Any]) -> RunConfig:
     found = load(recipe_path("walks"))
+    updates["rollout"] = {"chunk_size": 64, "slots": 64} | updates.get("rollout", {})
     for section, fields in updates.items():
         found = found.model_copy(update={section: getattr(found, section).model_copy(update=fields)})
     return found

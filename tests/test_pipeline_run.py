@@ -114,6 +114,7 @@ def test_processes_write_their_chatter_to_the_log_folder(walker: Path) -> None:
     assert {"policy-0.log", "critic-0.log", "rollout-0.log", "reward-0.log", "reference-0.log"} <= {p.name for p in (walker / "log").iterdir()}
 
 
+@pytest.mark.slow
 def test_two_rollout_workers_give_the_samples_of_one_to_the_bit(walker: Path, tmp_path: Path) -> None:
     config = from_walker(walker, algorithm=Reinforce())
     run(config, tmp_path / "one")
@@ -122,6 +123,7 @@ def test_two_rollout_workers_give_the_samples_of_one_to_the_bit(walker: Path, tm
         assert experience(tmp_path / "one", step).table.equals(experience(tmp_path / "two", step).table)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_sharded_learners_learn_the_same(walker: Path, tmp_path: Path) -> None:
     """ZeRO 2 on two ranks against one process: same samples in step 0, same losses and norms within float32 sums' accuracy."""
     one = from_walker(walker)
@@ -164,6 +166,7 @@ def test_a_classifier_folder_is_a_reward(walker: Path, tmp_path: Path) -> None:
     assert np.unique(experience(tmp_path / "run", 0).table["reward"].to_numpy()).size > 5
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_is_the_same_to_the_bit(walker: Path, tmp_path: Path) -> None:
     run(from_walker(walker), tmp_path / "a")
     run(from_walker(walker), tmp_path / "b")

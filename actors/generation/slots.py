@@ -123,7 +123,10 @@ def attend(_: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Tens
         out = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=heads != keys.shape[1])
         return out.transpose(1, 2), None
     grouped = query.reshape(rows, keys.shape[1], -1, width) * (width**-0.5 if scaling is None else scaling)  # (B, H, G, D)
-    scores = torch.matmul(grouped, keys.transpose(-1, -2)).add_(mask)
+    if keys.dtype == torch.bfloat16:  # oneDNN repacks the second operand: 0.9 ms a layer instead of 2.0 when that is the query (float32: 4.4 and 2.2)
+        scores = torch.matmul(keys, grouped.transpose(-1, -2)).transpose(-1, -2).add_(mask)
+    else:
+        scores = torch.matmul(grouped, keys.transpose(-1, -2)).add_(mask)
     return torch.matmul(torch.softmax(scores, -1), values).view(rows, length, heads, width), None
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from actors.device import torch_dtype
 from actors.generation.engine import Completion, Request
+from actors.generation.packed import pack_linears
 from actors.generation.sampler import sample, uniforms
 from actors.generation.slots import ALIGN, ATTENTION, Prefilled, PromptCache, SlotCache, align, register_attention
 from actors.generation.stopping import StopStrings
@@ -41,6 +42,7 @@ class TorchEngine:
         self.tokenizer: Any = load_tokenizer(path)
         self.model: Any = load_causal_lm(path, torch_dtype(config.dtype), untie_head=untie_head, attention=ATTENTION)
         self.model.to(device)
+        pack_linears(self.model)
         self.slots = config.slots
         self.device = device
         self.context = _context(self.model.config)
