@@ -69,6 +69,7 @@ class UpdatePlan:
 class UpdateReport:
     """What one step's updates did, the same on every rank.
 
+    samples:          rollouts trained on, over all ranks.
     updates, skipped: optimiser steps taken, and dropped because a gradient was not finite.
     loss:             mean over minibatches. statistics: the objective's, means over action_tokens, counted once an epoch.
     grad_norm, grad_norm_max: before clipping, over the steps taken.
@@ -76,6 +77,7 @@ class UpdateReport:
     logprob_gap, logprob_gap_max: mean and max of |new - sampled| there; 0 for the critic.
     """
 
+    samples: int
     updates: int
     skipped: int
     loss: float
@@ -171,7 +173,7 @@ class Learner:
         """Train on a step's Experience: epochs * minibatches optimiser steps, each on a minibatch of the whole step."""
         started = time.perf_counter()
         batch = Batch(Experience(experience).table, self._device)
-        tally = _Tally(self._device, tokens=plan.epochs * int(batch.action_offsets[-1]))
+        tally = _Tally(self._device, epochs=plan.epochs, tokens=plan.epochs * int(batch.action_offsets[-1]))
         steps: list[StepReport] = []
         rate = 0.0
         for epoch, parts in enumerate(minibatches(len(batch), epochs=plan.epochs, minibatches=plan.minibatches, seed=plan.seed, step=plan.step)):
@@ -234,7 +236,7 @@ class Learner:
                 weights = torch.zeros_like(loss)
             weighted = (weights * loss).sum()
             self._engine.backward(weighted, last=i == len(micro) - 1)
-            tally.add(weighted.detach(), statistics if len(rows) else {name: value[:0] for name, value in statistics.items()})
+            tally.add(len(rows), weighted.detach(), statistics if len(rows) else {name: value[:0] for name, value in statistics.items()})
             if untrained and len(rows) and self.role == "policy":
                 tally.compare(new.detach(), actions)
 
@@ -247,16 +249,19 @@ class Learner:
 class _Tally:
     """Sums over micro-batches, kept in float64 on the device and brought together over ranks once, at the end."""
 
-    def __init__(self, device: torch.device, tokens: int) -> None:
+    def __init__(self, device: torch.device, *, epochs: int, tokens: int) -> None:
         """tokens: action tokens of all ranks and epochs."""
+        self._epochs = epochs
         self._tokens = tokens
+        self._rows = 0
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._loss = self._zero
         self._sums: dict[str, Tensor] = {}
         self._gap_sum, self._gap_tokens = self._zero, 0
         self._gap_max, self._deviation = self._zero, self._zero
 
-    def add(self, loss: Tensor, statistics: dict[str, Tensor]) -> None:
+    def add(self, rows: int, loss: Tensor, statistics: dict[str, Tensor]) -> None:
+        self._rows += rows
         self._loss = self._loss + loss.double()
         for name, values in statistics.items():
             self._sums[name] = self._sums.get(name, self._zero) + values.detach().sum(dtype=torch.float64)
@@ -272,12 +277,13 @@ class _Tally:
 
     def report(self, engine: DeepSpeedEngine, steps: list[StepReport], rate: float, *, seconds: float) -> UpdateReport:
         names = sorted(self._sums)  # every rank ran the same objective, fillers included, so all have the same names
-        count = self._zero + self._gap_tokens
-        ranks = engine.gather(torch.stack([self._gap_max, self._deviation, self._gap_sum, count, self._loss, *(self._sums[n] for n in names)]))
+        counts = [self._zero + self._gap_tokens, self._zero + self._rows]
+        ranks = engine.gather(torch.stack([self._gap_max, self._deviation, self._gap_sum, *counts, self._loss, *(self._sums[n] for n in names)]))
         gap_max, deviation = ranks[:, :2].amax(0).tolist()
-        gap, gap_tokens, loss, *sums = ranks[:, 2:].sum(0).tolist()
+        gap, gap_tokens, rows, loss, *sums = ranks[:, 2:].sum(0).tolist()
         norms = [s.grad_norm for s in steps if not s.skipped]
         return UpdateReport(
+            samples=round(rows / self._epochs),
             updates=len(norms),
             skipped=len(steps) - len(norms),
             loss=loss / len(steps),

@@ -146,6 +146,13 @@ def trunk_states(causal_lm: PreTrainedModel, batch: TokenInputs) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])[batch.states]  # type: ignore[no-any-return]
 
 
+def context_of(path: str) -> int:
+    """Longest sequence the model of a folder or hub name takes, in tokens."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(path, trust_remote_code=False).max_position_embeddings)
+
+
 def save_causal_lm(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write safetensors, config and tokenizer as `from_pretrained` reads them."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -72,18 +72,20 @@ class Pump:
     def run_until(self, condition: Callable[[], bool], *, timeout_s: float, waiting_for: str) -> None:
         """Serve events until `condition()` holds.
 
-        Raises RunError when it does not hold within `timeout_s`, or when no call is running that could ever make it hold.
+        Raises RunError when `timeout_s` pass without any answer, or when no call is running that could ever make it hold. Long work of
+        many calls may take as long as it likes while they keep coming; each call has a deadline of its own.
         """
         until = time.monotonic() + timeout_s
         while not condition():
             if not self._watched:
                 raise RunError("driver", waiting_for, "nothing is running that it could wait for", "This is a defect of the program, not of the settings.")
             if time.monotonic() >= until:
-                raise RunError("driver", waiting_for, f"not done within {timeout_s:g} s, still waiting for {self._names()}")
-            self._serve(until)
+                raise RunError("driver", waiting_for, f"no answer within {timeout_s:g} s, still waiting for {self._names()}")
+            if self._serve(until):
+                until = time.monotonic() + timeout_s
 
-    def _serve(self, until: float) -> None:
-        """Wait for the next event, at most to `until`, and serve it."""
+    def _serve(self, until: float) -> bool:
+        """Wait for the next event, at most to `until`, and serve it. Whether it was an answer."""
         import ray
 
         now = time.monotonic()
@@ -98,6 +100,7 @@ class Pump:
             self._expire(now)
         if now >= due:
             self._tick(now)
+        return bool(ready)
 
     def _answer(self, ref: ObjectRef[Any]) -> None:
         import ray

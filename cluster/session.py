@@ -90,8 +90,7 @@ class Session:
         """
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        if self._is_local:
-            self._refuse(shortages(placement, self.nodes()))
+        self.preflight(placement)
         group = placement_group([{"CPU": bundle.cpus, "GPU": bundle.gpus} for bundle in placement.bundles], strategy="PACK")
         deadline = time.monotonic() + self._config.place_timeout_s
         while not group.wait(timeout_seconds=min(1.0, self._config.place_timeout_s)):  # short waits, so that signals are served
@@ -99,6 +98,11 @@ class Session:
                 remove_placement_group(group)
                 self._refuse(shortages(placement, self.nodes()) or [f"the nodes are large enough, but others use them; free are {_free_resources()}."])
         return Placed(placement, group, log_dir=self._log_dir, packages=self._packages)
+
+    def preflight(self, placement: Placement) -> None:
+        """Raises RunError when the bundles cannot fit a local Ray, which cannot grow; a cluster may, so there `place` waits and then tells."""
+        if self._is_local:
+            self._refuse(shortages(placement, self.nodes()))
 
     def _refuse(self, reasons: Sequence[str]) -> None:
         if reasons:

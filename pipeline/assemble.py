@@ -41,7 +41,7 @@ class StepTables:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssemblyReport:
-    """What the driver learns of a step's experience: scalars only. KL in nats, lengths in tokens."""
+    """What the driver learns of a step's experience: scalars only. KL in nats, nan without a reference; lengths in tokens."""
 
     samples: int
     action_tokens: int
@@ -56,7 +56,7 @@ class AssemblyReport:
     explained_variance: float
     response_tokens: float
     stopped: float
-    distinct_2: float
+    token_distinct_2: float
 
 
 def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], counts: Counts, *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
@@ -99,7 +99,7 @@ def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], co
     }
     columns = {name: rollouts[name] for name in Rollouts.schema.names} | {name: scores[name] for name in ("reward", "turn_rewards")}
     experience = Experience.of(columns | {name: ragged.unflat(column, offsets, pa.float32()) for name, column in added.items()})
-    return _report(experience, kl[acted], acted, offsets), experience.table
+    return _report(experience, kl[acted] if parts.reference else np.full(1, np.nan), acted, offsets), experience.table
 
 
 class Assembler:
@@ -180,7 +180,7 @@ def _report(experience: Experience, kl: ragged.Array, acted: ragged.Array, offse
         explained_variance=float(1 - (returns - values).var() / spread) if spread > 0 else 0.0,
         response_tokens=float(acted.sum() / len(experience)),
         stopped=float(pc.mean(pc.equal(table["finish"], "stop")).as_py()),
-        distinct_2=_distinct_2(ragged.flat(table["tokens"])[0], acted, offsets),
+        token_distinct_2=_distinct_2(ragged.flat(table["tokens"])[0], acted, offsets),
     )
 
 

@@ -3,13 +3,14 @@
     raylign COMMAND [RECIPE] [--run-dir DIR] [--section.field value ...]
 
 Overrides are generated from the configuration's own types (tyro), so there is no second list of options.
-Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ class Command:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; what is wrong is said on stderr in one screen, without a traceback where the fault is not ours."""
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's reward function is named by import path from where they stand
+        sys.path.append(os.getcwd())  # a user's reward function is named by import path from where they stand
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in (*HELP, "help") or (arguments[0] in ("train", "plan") and arguments[1:] and arguments[1] in HELP):
         print(USAGE.format(recipes=", ".join(_bundled())), end="")
@@ -91,6 +92,7 @@ def run(command: Command) -> int:
     from cluster.faults import RunError
 
     console = Console()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         if command.name == "plan":
             from pipeline.plan import show
@@ -108,6 +110,11 @@ def run(command: Command) -> int:
         print("raylign: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _terminated(number: int, frame: object) -> None:
+    """Leave through every `finally` and `__exit__`, as Ctrl-C does."""
+    raise SystemExit(128 + number)
 
 
 def _override(config: RunConfig, overrides: list[str], program: str) -> RunConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.faults import RunError
+from cluster.faults import Fault, RunError
 from cluster.pool import Pool, Work
 from pipeline.buffer import Buffer
 from pipeline.config import RunConfig
@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Collected:
-    """What the collector counted since the last step. Seconds are the workers' own."""
+    """What the rollout pool did since the last step. Seconds are the workers' own."""
 
     action_tokens: int = 0
     generate_s: float = 0.0
-    score_s: float = 0.0
 
 
 class Collector:
@@ -86,7 +85,6 @@ class Collector:
                 phase=f"generating chunk {chunk.number}",
                 send=send,
                 on_done=done,
-                on_input_lost=lambda: self._again(chunk.number, weights),
                 timeout_s=self.config.cluster.call_timeout_s,
             )
         )
@@ -101,11 +99,11 @@ class Collector:
         def done(report: RewardReport, data: tuple[ObjectRef, ...], attempt: int) -> None:
             if not self.ledger.fence(chunk.number, base):
                 return
-            self.collected.score_s += report.seconds
             self.ledger.scored(chunk.number, report.failures)
             self.buffer.put_scores(chunk.number, data[0])
             self._stop_if_rewards_fail()
-            self._fill()
+            if all(c.state is State.SCORED for c in self.ledger.open.values()):  # not sooner, or the refill would depend on who answered first
+                self._fill()
 
         self.reward.submit(
             Work(
@@ -118,7 +116,10 @@ class Collector:
         )
 
     def _again(self, number: int, weights: PublishedWeights) -> None:
-        """The chunk's data died with its node: generate the same samples anew."""
+        """The chunk's rollouts died with their node: generate the same samples anew."""
+        attempts = self.ledger.open[number].attempt + 1
+        if attempts >= self.config.cluster.max_attempts:
+            raise RunError("reward", f"scoring chunk {number}", f"its rollouts were lost {attempts} times (cluster.max_attempts)", fault=Fault.INPUT_LOST)
         self.buffer.forget(number)
         self._generate(self.ledger.reissue(number), weights)
 

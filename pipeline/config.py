@@ -92,7 +92,7 @@ class EvaluationConfig(Config):
     """Samples of each prompt; the confidence interval is over prompts."""
 
     shown: int = Field(default=5, ge=0)
-    """Pairs of replies, before and after, to print and save."""
+    """Pairs of replies, before and after, to print; all are saved."""
 
 
 class RunConfig(Config):
@@ -123,7 +123,7 @@ class RunConfig(Config):
 
 def check(config: RunConfig) -> RunConfig:
     """The configuration, if its fields go together. Raises ValueError for a combination that no single field can judge."""
-    for rule in (_batch_rules, _algorithm_rules, _sampling_rules, _model_rules):
+    for rule in (_batch_rules, _algorithm_rules, _sampling_rules, _model_rules, _device_rules):
         rule(config)
     return config
 
@@ -177,6 +177,17 @@ def _model_rules(config: RunConfig) -> None:
             )
         if config.finetune.epochs == 0:
             raise ValueError("finetune.epochs: must be >= 1 when model.path is empty, got 0; a new model knows no text, so give model.path or fine-tune first")
+
+
+def _device_rules(config: RunConfig) -> None:
+    learners = {"policy": config.policy, "critic": config.critic, "finetune.learner": config.finetune.learner}
+    for name, learner in learners.items():
+        if learner.ranks > 1 and learner.gpus not in (0, 1):
+            raise ValueError(f"{name}.gpus: must be 0 or 1 when there are several ranks, got {learner.gpus:g}; each rank needs a GPU of its own")
+    gpus = {name: learner.gpus for name, learner in learners.items()} | {"rollout": config.rollout.gpus, "reward": config.reward.gpus}
+    for name, count in gpus.items():
+        if count > 1:
+            raise ValueError(f"{name}.gpus: must be at most 1, got {count:g}; a process computes on one device, so use more ranks or workers")
 
 
 def recipe_path(recipe: str) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.learner import UpdatePlan, UpdateReport
+from cluster.faults import RunError
 from cluster.gang import Gang, Ticket
 from cluster.pool import Work
 from pipeline.algorithms.kl_controller import KLController
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.tasks.task import PromptStream
 
 MAX_STALENESS = 0
+MAX_RATIO_DEVIATION = 0.01  # in float32, where rounding alone gives about 1e-5; Huang et al. 2023, detail 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +176,8 @@ class Driver:
             policy=policy.results()[0],
             critic=critic.results()[0] if critic else None,
         )
-        self.ledger.close(assembled.batch.chunks, trained=assembled.report.samples)
+        self._check(update)
+        self.ledger.close(assembled.batch.chunks, trained=update.policy.samples)
         for chunk in assembled.batch.chunks:
             self.buffer.forget(chunk)
         self.clock.lap("learn")
@@ -208,8 +211,31 @@ class Driver:
         )
 
     def export(self, folder: Path) -> None:
-        """The policy as it is now, in Hugging Face format."""
+        """The policy as it is now, in Hugging Face format. Raises RunError when it is not to be found here afterwards."""
         self.roles.policy.call("export", lambda rank, _: rank.export.remote(str(folder)))
+        if not (folder / "config.json").is_file():
+            cause = f"it wrote {folder} on its own node, and the driver cannot see it"
+            raise RunError("policy[0]", "export", cause, "Put --run-dir on a shared filesystem.")
+
+    def _check(self, update: Update) -> None:
+        """What must hold of every update, or the numbers that follow mean nothing."""
+        step, policy = update.batch.step, update.policy
+        for role, report in (("policy", policy), ("critic", update.critic)):
+            if report is not None and report.updates == 0:
+                raise RunError(
+                    role,
+                    f"learning from step {step}",
+                    f"every gradient of the step was not finite ({report.skipped} updates skipped)",
+                    "Lower its learning rate.",
+                )
+        exact = self.config.policy.dtype == self.config.rollout.dtype == "float32"
+        if exact and policy.ratio_deviation > MAX_RATIO_DEVIATION:
+            raise RunError(
+                "policy",
+                f"learning from step {step}",
+                f"before any update its ratio to the sampled log-probs must be 1, it is off by {policy.ratio_deviation:.2g}",
+                "The engine and the learner compute different log-probs for this model; it cannot be trained as it is.",
+            )
 
     def _reference_logprobs(self, batch: Batch) -> tuple[ObjectRef, ...]:
         if self.roles.reference is None:

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from ray import ObjectRef
 
-FIRST_GROUP = 1 << 40  # beyond any prompt a run could draw
+_BEYOND = 1 << 40  # groups that no run ever reaches
+
+
+def heldout_groups(prompts: int, available: int) -> range:
+    """Group ids of `prompts` different held-out prompts out of `available`: the first of a whole pass over them, far beyond the run's own."""
+    first = -(-_BEYOND // available) * available
+    return range(first, first + min(prompts, available))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +141,7 @@ class Evaluator:
     """Samples and scores the held-out prompts with the run's own pools."""
 
     def __init__(self, config: RunConfig, roles: Roles, stage: Stage, tokenizer: Any, prompts: Prompts) -> None:
-        """prompts: the held-out ones; their group ids start at FIRST_GROUP."""
+        """prompts: the held-out ones; see heldout_groups."""
         self.config = config
         self.roles = roles
         self.stage = stage
@@ -154,9 +160,7 @@ class Evaluator:
             if self.roles.reference is not None
             else []
         )
-        import ray
-
-        rows, scored, referred = (ray.get(list(refs), timeout=self.config.cluster.call_timeout_s) for refs in (rollouts, scores, reference))
+        rows, scored, referred = (self.stage.fetch(refs, "evaluation") for refs in (rollouts, scores, reference))
         return self._report(Rollouts.concat([Rollouts(t) for t in rows]), Scores.concat([Scores(t) for t in scored]), referred)
 
     def _map(self, pool: Any, phase: str, calls: Sequence[Callable[[Any, int], tuple[ObjectRef, ...]]]) -> list[ObjectRef]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.events import Pump
+from cluster.faults import RunError, classify, last_lines
 from cluster.gang import Gang, Ticket
 from cluster.handshake import Fingerprint
 from cluster.placement import Placement, RoleDemand, plan_placement, usable_cores
@@ -29,10 +30,20 @@ class Roles:
     policy: Gang
     assembler: Pool
 
+    def start(self) -> None:
+        """Start every process side by side and wait until all are ready."""
+        for role in self._all():
+            role.start()
+        for role in self._all():
+            role.connect() if isinstance(role, Gang) else role.wait_ready()
+
     def close(self) -> None:
-        for role in (self.rollout, self.reward, self.reference, self.critic, self.policy, self.assembler):
-            if role is not None:
-                role.close()
+        for role in self._all():
+            role.close()
+
+    def _all(self) -> list[Pool | Gang]:
+        roles = (self.policy, self.critic, self.rollout, self.reward, self.reference, self.assembler)
+        return [role for role in roles if role is not None]
 
 
 def demands(config: RunConfig) -> list[RoleDemand]:
@@ -75,6 +86,16 @@ class Stage:
         self.pump.run_until(lambda: len(found) == len(sends), timeout_s=2 * self.timeout_s, waiting_for=phase)
         return [found[number] for number in range(len(sends))]
 
+    def fetch(self, refs: Sequence[ObjectRef], phase: str) -> list[Any]:
+        """The objects themselves: for what is small and has to be shown, such as held-out replies; never for experience."""
+        import ray
+
+        try:
+            values: list[Any] = ray.get(list(refs), timeout=self.timeout_s)
+        except ray.exceptions.RayError as error:
+            raise RunError("driver", phase, f"its results cannot be fetched: {last_lines(error)}", fault=classify(error)) from error
+        return values
+
     def finish(self, ticket: Ticket, waiting_for: str) -> Any:
         """Serve events until the call is done; its first report."""
         self.pump.run_until(lambda: ticket.done, timeout_s=2 * self.timeout_s, waiting_for=waiting_for)
@@ -94,8 +115,8 @@ class Stage:
         return Gang(role, spawn, ranks, self.pump, config.cluster, self.fingerprint)
 
 
-def start_roles(config: RunConfig, stage: Stage, model: str, reward_function: str) -> Roles:
-    """Start every process of reinforcement learning and wait until all are ready.
+def declare_roles(config: RunConfig, stage: Stage, model: str, reward_function: str) -> Roles:
+    """Every pool and gang of reinforcement learning, not yet started.
 
     model: folder or name of the policy to begin from; it is the reference and the critic's trunk, too.
     """
@@ -109,7 +130,7 @@ def start_roles(config: RunConfig, stage: Stage, model: str, reward_function: st
     updates = config.steps * config.batch.epochs * config.batch.minibatches
     learner = {"path": model, "temperature": temperature, "objective": algorithm, "total_updates": updates, "seed": config.seed}
     reward = config.reward if config.reward.function or config.reward.model else config.reward.model_copy(update={"function": reward_function})
-    roles = Roles(
+    return Roles(
         policy=stage.gang("policy", config.policy.ranks, config, Learner, role="policy", config=config.policy, **learner),
         critic=stage.gang("critic", config.critic.ranks, config, Learner, role="critic", config=config.critic, **learner) if algorithm.needs_critic else None,
         rollout=stage.pool(
@@ -129,9 +150,3 @@ def start_roles(config: RunConfig, stage: Stage, model: str, reward_function: st
         else None,
         assembler=stage.beside("assembler", config, Assembler),
     )
-    everyone = [r for r in (roles.policy, roles.critic, roles.rollout, roles.reward, roles.reference, roles.assembler) if r is not None]
-    for role in everyone:
-        role.start()
-    for role in everyone:
-        role.connect() if isinstance(role, Gang) else role.wait_ready()
-    return roles

@@ -115,8 +115,8 @@ class FakeLearner:
         with self.seen.open("a") as file:
             file.write("".join(f"{s}\n" for s in experience["sample_id"].to_pylist()))
         return UpdateReport(
-            updates=1, skipped=0, loss=0.0, grad_norm=0.0, grad_norm_max=0.0, learning_rate=0.0, statistics={"entropy": 0.0}, ratio_deviation=0.0,
-            logprob_gap=0.0, logprob_gap_max=0.0, action_tokens=1, seconds=0.001,
+            samples=experience.num_rows, updates=1, skipped=0, loss=0.0, grad_norm=0.0, grad_norm_max=0.0, learning_rate=0.0, statistics={"entropy": 0.0},
+            ratio_deviation=0.0, logprob_gap=0.0, logprob_gap_max=0.0, action_tokens=1, seconds=0.001,
         )  # fmt: skip
 
     def publish(self, version: int, dtype: str) -> tuple[Manifest, None]:

@@ -12,6 +12,7 @@ import torch
 
 import tiny_models
 from actors.config import RolloutConfig, SamplingConfig
+from actors.generation import packed
 from actors.generation.engine import Completion, Request
 from actors.generation.stopping import StopStrings
 from actors.generation.torch_engine import TorchEngine
@@ -97,6 +98,17 @@ def test_logprobs_equal_a_teacher_forced_pass_of_the_plain_model(
     for request, completion in zip(asked, completions, strict=True):
         np.testing.assert_allclose(completion.logprobs, teacher_forced(model, request, completion, temperature), atol=1e-5, rtol=0)
     assert len({int(c.tokens[0]) for c in completions}) > 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_float32_layers_change_neither_logprobs_nor_independence(family: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    one, model, asked, sampling = engine(folders[family]), plain(folders[family]), requests(), SamplingConfig(max_new_tokens=20)
+    completions = one.generate(asked, sampling, seed=3)
+    for request, completion in zip(asked, completions, strict=True):
+        np.testing.assert_allclose(completion.logprobs, teacher_forced(model, request, completion, 1.0), atol=1e-5, rtol=0)
+    for left, right in zip(completions[::-3], one.generate(asked[::-3], sampling, seed=3), strict=True):
+        assert_same(left, right)
 
 
 def test_three_times_as_many_requests_as_slots_refill_as_rows_end(gpt2: TorchEngine) -> None:

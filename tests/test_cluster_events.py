@@ -99,7 +99,15 @@ def test_a_wait_that_takes_too_long_names_what_is_still_running(sleeper: Any) ->
     watch(pump, sleeper.sleep.remote(0.5), unexpected, unexpected)
     with pytest.raises(RunError) as caught:
         pump.run_until(lambda: False, timeout_s=0.2, waiting_for="rollouts of step 3")
-    assert str(caught.value) == "driver failed during 'rollouts of step 3': not done within 0.2 s, still waiting for sleeper[0] ('sleep')."
+    assert str(caught.value) == "driver failed during 'rollouts of step 3': no answer within 0.2 s, still waiting for sleeper[0] ('sleep')."
+
+
+def test_long_work_of_many_calls_may_take_its_time_while_answers_keep_coming(sleeper: Any) -> None:
+    pump = Pump()
+    answers: list[str] = []
+    for _ in range(5):  # one after the other in the one actor: 1 s in all, five times the patience
+        watch(pump, sleeper.sleep.remote(0.2), answers.append, unexpected)
+    pump.run_until(lambda: len(answers) == 5, timeout_s=0.6, waiting_for="five naps")
 
 
 def test_ticks_are_served_while_waiting(sleeper: Any) -> None:

@@ -263,20 +263,21 @@ def test_a_step_by_hand() -> None:
             "explained_variance": 1 - statistics.pvariance(errors) / statistics.pvariance(returns),
             "response_tokens": 2.0,
             "stopped": 0.5,
-            "distinct_2": 1.0,
+            "token_distinct_2": 1.0,
         }
     )
 
 
 def test_the_report_counts_only_what_is_trained() -> None:
-    many, one = run(PPO(), [A, FAILED])[0], run(PPO(), [A])[0]
+    many, one = (str(run(PPO(), rows)[0]) for rows in ([A, FAILED], [A]))  # as text, since nan is not equal to itself
     assert many == one
-    assert many.samples == 1
+    assert "samples=1," in many
 
 
 def test_without_a_reference_there_is_no_penalty_and_no_kl() -> None:
     report, table = run(PPO(kl_coef=0), [A, B])
-    assert (report.kl_per_rollout, report.kl_per_token) == (0, 0)
+    assert math.isnan(report.kl_per_rollout)
+    assert math.isnan(report.kl_per_token)
     assert table["reference_logprobs"].to_pylist() == [[0] * 6, [0] * 3]
 
 
@@ -333,7 +334,7 @@ def test_distinct_2(tokens: list[list[int]], acted: list[list[int]], share: floa
         Sample(sample_id=i, group_id=i, tokens=t, acted=[bool(x) for x in a], logprobs=[0] * len(t), reference=[0] * len(t), values=[0] * len(t), reward=1.0)
         for i, (t, a) in enumerate(zip(tokens, acted, strict=True))
     ]
-    assert run(Reinforce(), samples)[0].distinct_2 == pytest.approx(share)
+    assert run(Reinforce(), samples)[0].token_distinct_2 == pytest.approx(share)
 
 
 STEP = [A, B, FAILED]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 TINY = [
     "--steps", "2", "--model.layers", "1", "--model.width", "16", "--finetune.epochs", "1", "--batch.prompts", "8", "--batch.epochs", "1",
-    "--rollout.slots", "8", "--evaluation.prompts", "4",
+    "--rollout.slots", "8", "--cluster.cpus-per-bundle", "1", "--evaluation.prompts", "4",
 ]  # fmt: skip
 
 

@@ -44,9 +44,10 @@ ASSEMBLED = AssemblyReport(
     explained_variance=0.875,
     response_tokens=9.0,
     stopped=0.0625,
-    distinct_2=0.375,
+    token_distinct_2=0.375,
 )
 POLICY = UpdateReport(
+    samples=4,
     updates=4,
     skipped=1,
     loss=-0.03125,
@@ -73,7 +74,7 @@ def metrics(step: int = 0, *, reward: float = 0.5, critic: UpdateReport | None =
         policy=POLICY,
         critic=critic,
         account=ACCOUNT,
-        collected=Collected(action_tokens=800, generate_s=0.5, score_s=0.1),
+        collected=Collected(action_tokens=800, generate_s=0.5),
         seconds={"rollout": 1.0, "learn": 2.0},
     )
 
@@ -113,7 +114,7 @@ def test_the_numbers_of_a_step() -> None:
         "value/explained_variance": 0.875,
         "rollout/response_tokens": 9.0,
         "rollout/stopped": 0.0625,
-        "rollout/distinct_2": 0.375,
+        "rollout/token_distinct_2": 0.375,
         "rollout/tokens_per_second": 1600.0,  # of the workers, while they generate
         "policy/loss": -0.03125,
         "policy/grad_norm": 2.0,
@@ -217,8 +218,8 @@ def test_elsewhere_than_in_a_terminal_a_plain_line_now_and_then(clock: Clock) ->
             progress.phase("learn")
             progress.step(metrics(step, reward=0.125 * step))
     assert out.getvalue().splitlines() == [
-        "reinforce 2/4  reward 0.125  KL 1.500  entropy 1.250  distinct-2 0.375  length 9.000  tok/s 300  left 0:06",
-        "reinforce 4/4  reward 0.375  KL 1.500  entropy 1.250  distinct-2 0.375  length 9.000  tok/s 300  left 0:00",
+        "reinforce 2/4  reward 0.125  KL 1.500  entropy 1.250  token distinct-2 0.375  length 9.000  tok/s 300  left 0:06",
+        "reinforce 4/4  reward 0.375  KL 1.500  entropy 1.250  token distinct-2 0.375  length 9.000  tok/s 300  left 0:00",
     ]
 
 
@@ -257,8 +258,8 @@ def test_in_a_terminal_a_few_lines_are_drawn_and_wiped(clock: Clock) -> None:
             progress.step(metrics(step, reward=reward))
     drawn = out.getvalue()
     assert re.search(r"reinforce +\S+━.* 2/4 left 1:00 publish", drawn)
-    assert "reward  KL     entropy  distinct-2  length  tok/s" in drawn
-    assert "1.000   1.500  1.250    0.375       9.000   300" in drawn
+    assert "reward  KL     entropy  token distinct-2  length  tok/s" in drawn
+    assert "1.000   1.500  1.250    0.375             9.000   300" in drawn
     assert f"reward {SPARK[0]}{SPARK[-1]}" in drawn
     assert drawn.endswith("\x1b[2K")  # the last thing it does is to clear its lines
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ from cluster.config import ClusterConfig
 from cluster.session import Session
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.reinforce import Reinforce
-from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load
+from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
 from pipeline.run import Result, train
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +92,8 @@ def test_the_policy_loads_with_transformers_and_has_learned(walker: Path) -> Non
     assert 0 < moved < 0.1
 
 
-def test_the_exported_policy_is_the_one_that_would_be_published(walker: Path) -> None:
-    """The log-probs of step 1 were sampled with version 1; the reference's are those of the fine-tuned model, checked by a plain forward pass."""
+def test_sampled_reference_and_proximal_log_probs_are_those_of_a_plain_forward_pass(walker: Path) -> None:
+    """Step 0 was sampled by the fine-tuned model, which is the reference, too."""
     table = experience(walker, 0).table
     model = AutoModelForCausalLM.from_pretrained(walker / "finetuned")
     for row in table.slice(0, 6).to_pylist():
@@ -180,3 +186,53 @@ def test_a_run_folder_in_use_is_refused_and_left_alone(walker: Path) -> None:
     with pytest.raises(ValueError, match="--run-dir: must be a new or empty folder"):
         run(recipe(), walker)
     assert (walker / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluation_asks_every_heldout_prompt_once(walker: Path) -> None:
+    evaluation = json.loads((walker / "evaluation.json").read_text())
+    prompts = [pair["prompt"] for pair in evaluation["replies"]]
+    assert len(set(prompts)) == len(prompts) == 10
+
+
+@pytest.mark.slow
+def test_ppo_learns_to_walk(ray_session: Session, tmp_path: Path) -> None:
+    """The bundled recipe, shortened: optimality rises by a margin that the interval separates from zero."""
+    shortened = load(recipe_path("walks")).model_copy(update={"steps": 25, "cluster": ClusterConfig(cpus_per_bundle=1)})
+    result = run(shortened, tmp_path / "run")
+    assert result.comparison.gain.low > 0.05
+    assert result.comparison.after_reward.mean > 0.75
+
+
+@pytest.mark.slow
+def test_the_quickstart_command_from_end_to_end(tmp_path: Path) -> None:
+    """The real entry point with the real data, a minute shorter than a user's."""
+    small = ["--steps", "2", "--finetune.epochs", "2", "--batch.prompts", "16", "--evaluation.prompts", "12", "--model.width", "32"]
+    command = [sys.executable, "-m", "pipeline", "quickstart", *small, "--run-dir", str(tmp_path / "run")]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=without_ray())
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert out.stderr == "", "nothing of Ray's or DeepSpeed's reaches the terminal"
+    for said in ("fine-tune 2/2", "reinforce 2/2", "12 held-out prompts", "95 % interval", "KL to the start", "distinct-2", "saved in", "try next"):
+        assert said in out.stdout, said
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "policy").eos_token == "<|endoftext|>"
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
+    short = Path(tempfile.mkdtemp(prefix="st-", dir="/tmp"))  # sockets lie in it, and their names must be short
+    command = [sys.executable, "-m", "pipeline", "train", "walks", "--run-dir", str(tmp_path / "run")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=without_ray() | {"RAY_TMPDIR": str(short)}, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert "fine-tune" in process.stdout.readline()
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err == ""
+    assert (tmp_path / "run" / "log" / "ray").is_dir()
+    assert not list(short.glob("raylign-*"))
+    short.rmdir()
+
+
+def without_ray() -> dict[str, str]:
+    """The environment of a user who has no Ray running."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -81,7 +81,8 @@ def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     blocks = -(-vocabulary // BLOCK)
     zero = logits.new_zeros((), dtype=torch.float64)
     peak = logits.amax(-1, keepdim=True)
-    weights = logits.new_zeros(rows, blocks * BLOCK)
+    weights = logits.new_empty(rows, blocks * BLOCK)
+    weights[:, vocabulary:] = 0
     torch.sub(logits, peak, out=weights[:, :vocabulary]).exp_()
     weights = weights.view(rows, blocks, BLOCK)
     sums = nn.functional.pad(weights.sum(-1).double().cumsum(-1), (1, 0))  # (B, N + 1), up to the start of each block, and the total

@@ -73,8 +73,8 @@ class SlotCache:
         self.values = [like.keys.new_zeros(slots, heads, SHORTEST, width) for _ in range(layers)]
         self._shut = torch.finfo(like.keys.dtype).min
         self._mask = like.keys.new_full((slots, SHORTEST), self._shut)  # (S, E), added to the scores
-        self._heads = torch.arange(slots * heads, device=like.keys.device).view(slots, heads)
-        self._index = self._heads.flatten()
+        self._rows = torch.arange(slots, device=like.keys.device)
+        self._positions = self._rows  # (S,), where the next token goes
 
     def admit(self, slots: npt.NDArray[np.int64], prompt: Prefilled) -> None:
         """Copy the prompt into these slots, over whatever they held."""
@@ -90,25 +90,25 @@ class SlotCache:
     def open(self, positions: Tensor, longest: int) -> Tensor:
         """Make ready for one token a row at `positions` (S,), none beyond `longest`; returns the mask (S, 1, 1, E)."""
         self._grow(align(longest + 1))
-        self._index = (self._heads * self.extent + positions[:, None]).flatten()
+        self._positions = positions
         self._mask.scatter_(1, positions[:, None], 0.0)
         return self._mask[:, None, None]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write one token a row, (S, H, 1, D) each; returns the layer's keys and values, (S, H, E, D)."""
-        width = keys.shape[-1]
-        self.keys[layer].view(-1, width).index_copy_(0, self._index, keys.reshape(-1, width))
-        self.values[layer].view(-1, width).index_copy_(0, self._index, values.reshape(-1, width))
+        self.keys[layer][self._rows, :, self._positions] = keys[:, :, 0]
+        self.values[layer][self._rows, :, self._positions] = values[:, :, 0]
         return self.keys[layer], self.values[layer]
 
     def _grow(self, extent: int) -> None:
         if extent <= self.extent:
             return
-        more = extent - self.extent
+        rows, heads, _, width = self.keys[0].shape
+        more = self._mask.new_zeros(rows, heads, extent - self.extent, width)
         for layer in range(len(self.keys)):
-            self.keys[layer] = nn.functional.pad(self.keys[layer], (0, 0, 0, more))
-            self.values[layer] = nn.functional.pad(self.values[layer], (0, 0, 0, more))
-        self._mask = nn.functional.pad(self._mask, (0, more), value=self._shut)
+            self.keys[layer] = torch.cat([self.keys[layer], more], 2)
+            self.values[layer] = torch.cat([self.values[layer], more], 2)
+        self._mask = nn.functional.pad(self._mask, (0, extent - self.extent), value=self._shut)
         self.extent = extent
 
 

@@ -50,7 +50,7 @@ class StepMetrics:
             "value/explained_variance": summary.explained_variance,
             "rollout/response_tokens": summary.response_tokens,
             "rollout/stopped": summary.stopped,
-            "rollout/distinct_2": summary.distinct_2,
+            "rollout/token_distinct_2": summary.token_distinct_2,
             "rollout/tokens_per_second": collected.action_tokens / max(collected.generate_s, 1e-9),
             "policy/ratio_deviation": policy.ratio_deviation,
             "policy/logprob_gap_mean": policy.logprob_gap,

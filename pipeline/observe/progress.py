@@ -26,7 +26,7 @@ _SHOWN = {
     "reward": "reward/mean",
     "KL": "kl/per_rollout",
     "entropy": "policy/entropy",
-    "distinct-2": "rollout/distinct_2",
+    "token distinct-2": "rollout/token_distinct_2",
     "length": "rollout/response_tokens",
     "tok/s": "time/tokens_per_second",
 }
@@ -49,6 +49,15 @@ class Progress:
         self._stage, self._done, self._total, self._doing, self._note = name, 0, total, "", ""
         self._began, self._values, self._rewards = time.monotonic(), {}, []
 
+    @property
+    def name(self) -> str:
+        """The stage at hand."""
+        return self._stage
+
+    def remark(self, text: str) -> None:
+        """A lasting line above the live view."""
+        self.console.print(Text(text), soft_wrap=True)
+
     def phase(self, name: str) -> None:
         self._doing = name
 
@@ -61,7 +70,7 @@ class Progress:
         """One more step of reinforcement learning is done."""
         self._done, self._values = self._done + 1, metrics.values
         self._rewards.append(metrics.values["reward/mean"])
-        self._plain(lambda: "  ".join(f"{label} {_number(metrics.values[key])}" for label, key in _SHOWN.items() if key in metrics.values))
+        self._plain(lambda: "  ".join(f"{label} {_number(metrics.values[key])}" for label, key in _SHOWN.items() if _known(metrics.values, key)))
 
     def _plain(self, text: Callable[[], str]) -> None:
         last = self._done == self._total
@@ -83,7 +92,7 @@ class Progress:
         if not self._values:
             return Group(head, Text(self._note))
         numbers = Table.grid(padding=(0, 2))
-        shown = {label: key for label, key in _SHOWN.items() if key in self._values}
+        shown = {label: key for label, key in _SHOWN.items() if _known(self._values, key)}
         numbers.add_row(*(Text(label, "dim") for label in shown))
         numbers.add_row(*(_number(self._values[key]) for key in shown.values()))
         return Group(head, numbers, Text(f"reward {sparkline(self._rewards)}"))
@@ -107,6 +116,11 @@ def sparkline(values: list[float], width: int = 60) -> str:
     means = [sum(share) / len(share) for share in shares]
     low, high = min(means), max(means)
     return "".join(SPARK[int((m - low) / (high - low) * (len(SPARK) - 1)) if high > low else 0] for m in means)
+
+
+def _known(values: dict[str, float], key: str) -> bool:
+    """KL is not a number where there is no reference."""
+    return key in values and values[key] == values[key]
 
 
 def _number(value: float) -> str:

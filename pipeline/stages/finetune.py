@@ -70,6 +70,9 @@ def finetune(config: RunConfig, stage: Stage, run_dir: Path, progress: Progress)
 
     [(prepared, (train, heldout))] = stage.map(clerk, "preparing demonstrations", [send])
     clerk.close()
+    if prepared.excluded:
+        everything = prepared.train + prepared.heldout + prepared.excluded
+        progress.remark(f"{prepared.excluded} of {everything} demonstrations are longer than the model's context and left out")
     minibatches = math.ceil(prepared.train / config.finetune.batch_size)
     gang = stage.gang(
         "policy",
@@ -119,7 +122,7 @@ def _epoch(gang: Gang, train: ObjectRef, plan: UpdatePlan) -> UpdateReport:
 
 def prepare(task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple[Prepared, pa.Table, pa.Table]:
     """Write a new model if the recipe names none, and encode the demonstrations: (counts, Experience, held-out Rollouts)."""
-    from actors.model import load_tokenizer, new_gpt2
+    from actors.model import context_of, load_tokenizer, new_gpt2
 
     task = load_task(task_name)
     if not model.path:
@@ -129,10 +132,11 @@ def prepare(task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple
     if not model.path:
         new_gpt2(tokenizer, layers=model.layers, width=model.width, heads=model.heads, context=model.context, seed=seed).save_pretrained(folder)
     encoded = {split: [encode_demonstration(d, tokenizer) for d in task.demonstrations(split)] for split in ("train", "heldout")}
-    fitting = {split: [(p, r) for p, r in pairs if len(p) + len(r) <= model.context] for split, pairs in encoded.items()}
+    context = model.context if not model.path else context_of(model.path)
+    fitting = {split: [(p, r) for p, r in pairs if len(p) + len(r) <= context] for split, pairs in encoded.items()}
     for split, pairs in fitting.items():
         if not pairs:
-            raise ValueError(f"task: must have {split} demonstrations that fit model.context = {model.context}, got none of {len(encoded[split])}")
+            raise ValueError(f"task: must have {split} demonstrations that fit the model's context of {context} tokens, got none of {len(encoded[split])}")
     excluded = sum(len(encoded[split]) - len(fitting[split]) for split in encoded)
     prepared = Prepared(train=len(fitting["train"]), heldout=len(fitting["heldout"]), excluded=excluded)
     heldout = demonstrated(fitting["heldout"]).table.select(Rollouts.schema.names).cast(Rollouts.schema)
