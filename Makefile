@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "raylign needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@echo "== making .venv with $(PYTHON) and installing raylign (1 to 5 minutes, about 2 GB)"
 	$(PYTHON) -m venv .venv
-	@# torch first and pinned: asked for by range, pip would take the newest build and several GB of CUDA with it
+	@# torch first and pinned: asked for by range, pip would take the newest build, whatever it is
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt --editable ".[dev]"
 	@touch $(STAMP)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedWeights:
-    """Sent along with every chunk; a worker pulls the weights only when its own version is another one."""
+    """Sent along with every chunk; a worker pulls the weights only when what it holds has another checksum."""
 
     version: int
     checksum: str
