@@ -14,6 +14,7 @@ import tiny_models
 from actors.config import RolloutConfig, SamplingConfig
 from actors.generation import packed
 from actors.generation.engine import Completion, Request
+from actors.generation.slots import EXTENTS, SHORTEST, attend
 from actors.generation.stopping import StopStrings
 from actors.generation.torch_engine import TorchEngine
 
@@ -129,6 +130,21 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(family: str, dtype: str, fo
     for subset in ([asked[i] for i in order], asked[::-2], asked[4:5], asked[7:8]):
         for completion in one.generate(subset, sampling, seed=5):
             assert_same(completion, everything[completion.sample_id])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "grouped", "width"), [(12, 1, 64), (2, 7, 64), (4, 8, 128)])
+def test_attention_of_a_short_row_is_the_same_to_the_bit_in_every_extent(heads: int, grouped: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, short = torch.randn(8, heads * grouped, 1, width, dtype=dtype), torch.randn(2, 8, heads, 50, width, dtype=dtype)
+    outputs = []
+    for extent in range(SHORTEST, 513, EXTENTS):
+        keys, values = torch.nn.functional.pad(short, (0, 0, 0, extent - 50))
+        mask = torch.full((8, 1, 1, extent), torch.finfo(dtype).min, dtype=dtype)
+        mask[..., :50] = 0
+        outputs.append(attend(torch.nn.Identity(), query, keys, values, mask)[0])
+    differing = [SHORTEST + i * EXTENTS for i, output in enumerate(outputs) if not torch.equal(output, outputs[0])]
+    assert differing == []
 
 
 def test_a_call_leaves_nothing_behind(folders: dict[str, Path], gpt2: TorchEngine) -> None:

@@ -3,7 +3,7 @@
 Shapes: L layers, S slots, H key-value heads, E extent, D head width, T padded prompt length, P prompt length.
 
 The two classes are what a Hugging Face model takes as `past_key_values`: it calls `update` in every layer and asks for nothing
-else when position ids are given and the mask is ready-made or not needed. Rows are left-aligned, and extents are multiples of 16 and
+else when position ids are given and the mask is ready-made or not needed. Rows are left-aligned, and extents are multiples of 32 and
 at least 64: with a fixed number of rows, the bits of one row then do not depend on its neighbours' lengths (left padding and other
 extents change the order of summation; so, on CPU, do grouped queries in float32 when a neighbour is 384 to 512 tokens long).
 
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 ATTENTION = "raylign_slots"
-ALIGN = 16
+ALIGN = 16  # of padded prompts
+EXTENTS = 32  # bfloat16 products of values sum in another order at some odd multiples of 16 (112 and 240, with grouped queries)
 SHORTEST = 64  # torch multiplies matrices of under 400 products on another path, which sums in another order
 
 
-def align(length: int) -> int:
-    """The next multiple of 16."""
-    return -(-length // ALIGN) * ALIGN
+def align(length: int, multiple: int = ALIGN) -> int:
+    """The next multiple of so many."""
+    return -(-length // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class PromptCache:
 class SlotCache:
     """Keys and values of S rows, all as long as the longest needs; zero at first, since a masked place must be finite.
 
-    A longer extent means a copy of everything, once every 16 tokens. Room kept in reserve would cost more: bfloat16 products on CPU
+    A longer extent means a copy of everything, once every 32 tokens. Room kept in reserve would cost more: bfloat16 products on CPU
     copy an operand whose heads are not side by side in memory, in every layer of every step (measured: 3.9 ms a layer instead of 1.2).
     """
 
@@ -89,7 +90,7 @@ class SlotCache:
 
     def open(self, positions: Tensor, longest: int) -> Tensor:
         """Make ready for one token a row at `positions` (S,), none beyond `longest`; returns the mask (S, 1, 1, E)."""
-        self._grow(align(longest + 1))
+        self._grow(longest + 1)
         self._positions = positions
         self._mask.scatter_(1, positions[:, None], 0.0)
         return self._mask[:, None, None]
@@ -100,7 +101,8 @@ class SlotCache:
         self.values[layer][self._rows, :, self._positions] = values[:, :, 0]
         return self.keys[layer], self.values[layer]
 
-    def _grow(self, extent: int) -> None:
+    def _grow(self, length: int) -> None:
+        extent = align(length, EXTENTS)
         if extent <= self.extent:
             return
         rows, heads, _, width = self.keys[0].shape

@@ -70,7 +70,7 @@ saved in {folder}
   config.toml        the run again: raylign train {folder}/config.toml
   log/               what each process printed
 
-try next
+try next (the command is in .venv/bin)
   raylign plan walks                          what another recipe would run, without running it
   raylign train walks --algorithm.lam 1       another task, another setting
   raylign train quickstart --rollout.workers 2 --policy.ranks 2 --policy.zero-stage 2
