@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_REMEDY = "choose a model of another family, such as Llama, Qwen2, Mistral or GPT-2"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenInputs:
     """A micro-batch as the model takes it.
@@ -49,15 +52,21 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, untie_head: bool = False, a
     """A causal LM from a local folder or the hub, in eval mode with dropout off (Huang et al. 2023, detail 2).
 
     untie_head: give the output head a weight of its own, so that it can be trained while the embeddings stay frozen.
-    Raises ValueError naming the path when nothing can be loaded from it.
+    attention: the implementation to leave it with, by the name transformers knows it by.
+    Raises ValueError naming the path when nothing can be loaded from it, when its logits are not head(trunk(tokens)), or when its
+    family has an attention of its own that cannot be replaced.
     """
     from transformers import AutoModelForCausalLM
 
     _quiet_transformers()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.path: must be a folder or hub name of a causal language model, got {path!r}: {_first_line(error)}") from error
+        message = f"model.path: must be a folder or hub name of a causal language model that runs with sdpa attention, got {path!r}: {_first_line(error)}"
+        raise ValueError(message) from error
+    _check_head(model, path)
+    if attention != "sdpa":  # set only now: an engine's own attention may need that engine's cache, which the check has not
+        _replace_attention(model, attention, path)
     if untie_head and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
@@ -147,10 +156,14 @@ def trunk_states(causal_lm: PreTrainedModel, batch: TokenInputs) -> Tensor:
 
 
 def context_of(path: str) -> int:
-    """Longest sequence the model of a folder or hub name takes, in tokens."""
+    """Longest sequence the model of a folder or hub name takes, in tokens. Raises ValueError naming the path when it does not say."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(path, trust_remote_code=False).max_position_embeddings)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        raise ValueError(f"model.path: must have max_position_embeddings in its config, got {path!r} (family {config.model_type}); {_REMEDY}")
+    return int(context)
 
 
 def save_causal_lm(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -161,6 +174,41 @@ def save_causal_lm(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None
     buffers = {name: t for name, t in model.state_dict().items() if name in dict(model.named_buffers())}
     model.save_pretrained(folder, state_dict=parameters | buffers)
     tokenizer.save_pretrained(folder)
+
+
+def _check_head(model: Any, path: str) -> None:
+    """Raises ValueError unless the logits are what every module here takes them for; a family that scales or caps them would train wrongly, unseen."""
+    problem = _head_problem(model)
+    if problem:
+        raise ValueError(
+            "model.path: must be a causal language model whose logits are its output head of its final hidden states, "
+            f"got {path!r} (family {model.config.model_type}), {problem}; {_REMEDY}"
+        )
+
+
+@torch.no_grad()
+def _head_problem(model: Any) -> str:
+    """What is wrong with taking the logits for head(trunk(tokens)), or ""; found out by running four tokens."""
+    head, context = model.get_output_embeddings(), getattr(model.config, "max_position_embeddings", None)
+    if head is None:
+        return "which has no output head"
+    if context is None:
+        return "whose config has no max_position_embeddings"
+    ids = torch.arange(min(4, context))[None] % head.weight.shape[0]  # (1, 4)
+    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)  # (1, 4, D)
+    if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
+        return "whose trunk does not end in the hidden states that its head takes"
+    logits = model(input_ids=ids, use_cache=False).logits.float()  # (1, 4, V)
+    gap = float((head(hidden).float() - logits).abs().max())
+    # The same arithmetic twice, so one rounding is ample; a gap that is not finite comes from the weights and is not this check's to judge.
+    wrong = gap > torch.finfo(model.dtype).eps * float(logits.abs().max())
+    return f"whose logits differ from that by up to {gap:.2g}" if wrong else ""
+
+
+def _replace_attention(model: Any, attention: str, path: str) -> None:
+    model.set_attn_implementation(attention)
+    if model.config._attn_implementation != attention:  # transformers only logs that it could not
+        raise ValueError(f"model.path: must be of a family whose attention can be replaced, got {path!r} (family {model.config.model_type}); {_REMEDY}")
 
 
 def _quiet_transformers() -> None:

@@ -28,6 +28,7 @@ from actors.experience import Rollouts, Scores
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
 
     from actors.config import RewardConfig
 
@@ -135,12 +136,10 @@ class ClassifierReward:
     The text is prompt + response; one that is too long loses its beginning, for the end is what is judged.
     """
 
-    def __init__(self, path: str, device: str = "cpu") -> None:
-        """Raises ValueError naming the path when it holds no classifier with one label, or no tokenizer."""
+    def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
+        """Raises ValueError naming the path when it holds no classifier with one label, or no tokenizer that can pad."""
         import torch
         from transformers import AutoModelForSequenceClassification
-
-        from actors.model import load_tokenizer
 
         try:
             model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
@@ -148,10 +147,7 @@ class ClassifierReward:
             raise ValueError(f"reward.model: must be a folder or hub name of a sequence classifier, got {path!r}: {error}") from error
         if model.config.num_labels != 1:
             raise ValueError(f"reward.model: must have one output, got {model.config.num_labels} labels in {path!r}; train it with num_labels=1")
-        self.tokenizer = load_tokenizer(path)
-        self.tokenizer.padding_side, self.tokenizer.truncation_side = "right", "left"
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer = _classifier_tokenizer(path)
         model.config.pad_token_id = self.tokenizer.pad_token_id  # the classifier reads the last token that is not this one
         self.model = model.to(device).eval()
 
@@ -173,7 +169,9 @@ def load_reward(config: RewardConfig) -> RewardFunction:
         given = "both" if config.function else "neither"
         raise ValueError(f"reward: must name a function or a model, got {given}; set one of reward.function and reward.model")
     if config.model:
-        return ClassifierReward(config.model, device="cuda" if config.gpus else "cpu")
+        from actors.device import assigned_compute
+
+        return ClassifierReward(config.model, device=assigned_compute(config.gpus).device)
     return load_function(config.function)
 
 
@@ -194,6 +192,24 @@ def load_function(path: str, field: str = "reward.function") -> Callable[..., An
         problem = "no such name in the module" if found is None else f"a {type(found).__name__}"
         raise ValueError(f"{field}: must be callable, got {path!r}: {problem}; define it in {module.__file__}")
     return found  # type: ignore[no-any-return]
+
+
+def _classifier_tokenizer(path: str) -> Any:
+    """It need not know an end of text, as a policy's must: a BERT's does not. Without a padding token it pads with its end of text."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"reward.model: must have its tokenizer beside it, got {path!r}: {error}; save the one it was trained with there") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up for some families; all texts would look the same
+        raise ValueError(f"reward.model: must have its tokenizer beside it, got {path!r} without; save the one it was trained with there")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"reward.model: must have a tokenizer with a padding token, got none in {path!r}; set pad_token in its tokenizer_config.json")
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+    return tokenizer
 
 
 class _OutOfTimeError(BaseException):

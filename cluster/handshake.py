@@ -33,9 +33,13 @@ def fingerprint(packages: Sequence[str]) -> Fingerprint:
 
 
 def compare(driver: Fingerprint, worker: Fingerprint, who: str) -> None:
-    """Raises RunError naming the files or versions in which `who` differs from the driver."""
+    """Raises RunError naming the files or versions in which `who` differs from the driver.
+
+    A version's local part does not count: 2.13.0+cpu and 2.13.0+cu130 are one release, and a CPU head may lead GPU nodes.
+    """
     ours, theirs = {"python": driver.python, **driver.versions}, {"python": worker.python, **worker.versions}
-    versions = [f"{name} is {theirs[name] or 'missing'} there, {ours[name] or 'missing'} here" for name in ours if ours[name] != theirs[name]]
+    differing = [name for name in ours if _release(ours[name]) != _release(theirs[name])]
+    versions = [f"{name} is {theirs[name] or 'missing'} there, {ours[name] or 'missing'} here" for name in differing]
     if versions:
         raise RunError(who, "handshake", f"its node has other versions than the driver: {'; '.join(versions)}", "Install the same versions on every node.")
     different = sorted(name for name in driver.files.keys() | worker.files.keys() if driver.files.get(name) != worker.files.get(name))
@@ -56,6 +60,10 @@ def _sources(package: str) -> dict[str, str]:
         return {}
     root = Path(next(iter(spec.submodule_search_locations)))
     return {f"{package}/{path.relative_to(root).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.rglob("*.py"))}
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]
 
 
 def _version(library: str) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 _UNITS = 10_000  # Ray counts resources in ten-thousandths
 
@@ -129,9 +131,22 @@ def shortages(placement: Placement, nodes: Sequence[NodeResources]) -> list[str]
     ]
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on, which in a container may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use, which in a container may be fewer than the machine has: by affinity, and by the quota of CPU time
+    (`docker --cpus 2`), rounded up. cgroup: where the kernel shows the quota; a container sees its own there."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, math.ceil(_cpu_quota(cgroup))))
+
+
+def _cpu_quota(cgroup: Path) -> float:
+    """CPU time per time that a control group may use; as many cores as there can be when nothing limits it or nothing is there to read."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2 holds both numbers in one file
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+        except OSError:
+            continue
+        return sys.maxsize if quota in ("max", "-1") else int(quota) / int(period)
+    return sys.maxsize
 
 
 def _check_gpus(demand: RoleDemand, share_devices: bool) -> None:

@@ -288,3 +288,57 @@ def test_classifier_with_several_labels_or_none_at_all_is_refused(classifier: Ca
         ClassifierReward(str(classifier(3)))
     with pytest.raises(ValueError, match=r"reward\.model: must be a folder or hub name of a sequence classifier"):
         ClassifierReward(str(tmp_path))
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Callable[..., Path]:
+    """A one-label BERT with a tokenizer that knows only those special tokens that it is given."""
+
+    def make(**special: str) -> Path:
+        import torch
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+        torch.manual_seed(0)
+        config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16)
+        config.num_labels = 1
+        BertForSequenceClassification(config).save_pretrained(tmp_path)
+        tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "good": 2, "bad": 3}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **special).save_pretrained(tmp_path)
+        return tmp_path
+
+    return make
+
+
+def test_classifier_needs_no_end_of_text(bert: Callable[..., Path]) -> None:
+    reward = ClassifierReward(str(bert(pad_token="[PAD]")))
+    assert reward.tokenizer.eos_token is None
+    good, bad = reward(["good "], ["good"], [{}])[0], reward([""], ["bad"], [{}])[0]
+    assert good != bad
+    np.testing.assert_allclose(reward(["good ", ""], ["good", "bad"], [{}] * 2), [good, bad], rtol=1e-4)
+
+
+def test_classifier_that_cannot_pad_is_refused(bert: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"reward\.model: must have a tokenizer with a padding token, got none in .*; set pad_token in its tokenizer_config"):
+        ClassifierReward(str(bert()))
+
+
+def test_classifier_without_a_tokenizer_is_refused(bert: Callable[..., Path]) -> None:
+    folder = bert()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"reward\.model: must have its tokenizer beside it, got "):
+        ClassifierReward(str(folder))
+
+
+def test_classifier_gets_the_device_of_its_role(bert: Callable[..., Path]) -> None:
+    import torch
+
+    folder = str(bert(pad_token="[PAD]"))
+    reward = load_reward(RewardConfig(model=folder))
+    assert isinstance(reward, ClassifierReward) and reward.model.device.type == "cpu"
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=r"gpus: must be 0 where torch sees no GPU, got 0\.5"):
+        load_reward(RewardConfig(model=folder, gpus=0.5))

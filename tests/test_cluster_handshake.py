@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -58,3 +59,19 @@ def test_different_versions_are_named_on_both_sides() -> None:
         f"python is 3.12.1 there, {driver.python} here; torch is 2.12.1 there, 2.13.0 here; pyarrow is missing there, 26.0.0 here. "
         "Install the same versions on every node."
     )
+
+
+def test_builds_of_one_release_are_equal_and_of_two_are_not() -> None:
+    driver = replace(fingerprint([]), versions={"torch": "2.13.0+cpu", "ray": "2.60.0"})
+    for build in ("2.13.0", "2.13.0+cpu", "2.13.0+cu130"):
+        compare(driver, replace(driver, versions={"torch": build, "ray": "2.60.0"}), "policy[0]")
+    with pytest.raises(RunError, match=re.escape("torch is 2.13.1+cpu there, 2.13.0+cpu here")):
+        compare(driver, replace(driver, versions={"torch": "2.13.1+cpu", "ray": "2.60.0"}), "policy[0]")
+
+
+def test_both_images_have_the_same_python() -> None:
+    """The handshake refuses nodes whose Pythons differ."""
+    docker = Path(__file__).parents[1] / "docker"
+    bases = {name: re.findall(r"^FROM (\S+)", (docker / name).read_text(), re.MULTILINE) for name in ("Dockerfile", "Dockerfile.gpu")}
+    assert bases["Dockerfile"] == ["python:3.12-slim"]
+    assert [base.rpartition("-")[2] for base in bases["Dockerfile.gpu"]] == ["ubuntu24.04"]  # whose python3 is 3.12

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import Bundle, NodeResources, Placement, RoleDemand, Slot, plan_placement, shortages
+from cluster.placement import Bundle, NodeResources, Placement, RoleDemand, Slot, plan_placement, shortages, usable_cores
 
 
 def seats(placement: Placement) -> list[tuple[str, int, int, float, float]]:
@@ -117,6 +119,28 @@ def test_bundles_cannot_be_spread_over_nodes() -> None:
     nodes = [NodeResources(name="a", cpus=2, gpus=0), NodeResources(name="b", cpus=2, gpus=0)]
     assert shortages(placement_of(Bundle(cpus=3, gpus=0)), nodes)[0].startswith("1 of 1 bundles of 3 CPUs fit no node")
     assert "there is no node" in shortages(placement_of(Bundle(cpus=1, gpus=0)), [])[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 6),
+        ({"cpu.max": "max 100000\n"}, 6),
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "5000 100000\n"}, 1),
+        ({"cpu.max": "9900000 100000\n"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "75000\n", "cpu/cpu.cfs_period_us": "50000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "1000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+    ],
+)
+def test_a_container_s_quota_limits_the_cores(files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert usable_cores(tmp_path) == cores
 
 
 def test_planning_needs_neither_ray_nor_torch() -> None:

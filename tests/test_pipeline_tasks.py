@@ -266,6 +266,20 @@ def test_sentiment_cannot_be_won_by_repetition_or_silence() -> None:
     assert judged("hate hate hate hate") < -0.5, "repetition must not soften a bad reply"
 
 
+@pytest.mark.parametrize(
+    ("reply", "share"),
+    [("Yes.", 1 / 3), ("Love!", 1 / 3), ("Very good.", 2 / 3), ("I love you.", 1), ("I really love you.", 1)],
+)
+def test_a_reply_of_one_or_two_words_earns_its_share_of_three(reply: str, share: float) -> None:
+    compound = smalltalk._analyzer().polarity_scores(reply)["compound"]
+    assert compound > 0
+    assert judged(reply) == pytest.approx(share * compound)
+
+
+def test_brevity_does_not_soften_a_bad_reply() -> None:
+    assert judged("Hate.") == smalltalk._analyzer().polarity_scores("Hate.")["compound"] < 0
+
+
 # --- text measures ---
 
 
