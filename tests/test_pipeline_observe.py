@@ -169,8 +169,8 @@ def test_a_later_observer_appends(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
 
 
-def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:
-    """Strict readers of JSON (jq, JavaScript) refuse a bare NaN."""
+def test_what_is_not_a_number_is_null(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Strict readers of JSON (jq, JavaScript) refuse a bare NaN; TensorBoard's writer would complain of it on the terminal."""
     odd = dataclasses.replace(metrics(), values=metrics().values | {"kl/per_rollout": NAN, "policy/loss": math.inf})
     with Observer(tmp_path, Progress(console(terminal=False)[0])) as observer:
         observer.step(odd)
@@ -180,6 +180,7 @@ def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:
 
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert (line["kl/per_rollout"], line["policy/loss"], line["reward/mean"]) == (None, None, 0.5)
+    assert capfd.readouterr() == ("", "")
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

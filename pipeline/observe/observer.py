@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,7 +31,8 @@ class Observer:
         self._lines.write(json.dumps(metrics.record(), allow_nan=False) + "\n")
         self._lines.flush()
         for name, value in metrics.values.items():
-            self._board.add_scalar(name, value, metrics.step)
+            if math.isfinite(value):  # TensorBoard shows no others, and its writer prints a complaint
+                self._board.add_scalar(name, value, metrics.step)
         self.progress.step(metrics)
 
     def __enter__(self) -> Self:
