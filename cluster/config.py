@@ -38,8 +38,14 @@ class ClusterConfig(Config):
     call_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest wait for one call to a worker or a learner, in seconds; what expires is named with its actor and phase."""
 
+    peer_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait of a learner rank for its peers in one collective operation, in seconds; a rank that stopped is noticed after it."""
+
     max_attempts: int = Field(default=3, ge=1)
     """Times one piece of work is given to a pool before the run stops with the last error."""
 
     max_replacements: int = Field(default=8, ge=0)
     """Workers one pool may lose and replace in a run before it stops as unhealthy."""
+
+    max_rebuilds: int = Field(default=3, ge=0)
+    """Times the learners are rebuilt in a row, without a commit in between, before the run stops with the last error."""

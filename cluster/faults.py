@@ -1,6 +1,6 @@
 """What can go wrong with a process or an object, and the error a run stops with.
 
-`classify` is the one place that knows Ray's exceptions; everything above it speaks of four faults.
+`classify` is the one place that knows Ray's exceptions and torch's; everything above it speaks of five faults.
 Left out: what to do about a fault, which `pool.decide` and the driver's recovery say.
 """
 
@@ -11,6 +11,15 @@ from enum import Enum
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
+# What a rank is told when a peer was killed or stopped: seen with gloo and the TCPStore of torch 2.13; of NCCL, which needs GPUs, as users report it.
+_OF_A_PEER = re.compile(
+    r"closed by (remote )?peer|reset by peer|broken pipe|connection (refused|was likely closed)|socket closed|connectFullMesh failed"
+    r"|timed out|(socket|read|write|connect|wait|barrier|operation) timeout|remote process exited|ncclRemoteError|communicator was aborted",
+    re.IGNORECASE,
+)
+_GLOO = re.compile(r"/gloo/\S+:\d+\] ")  # its errors are plain RuntimeErrors that name the line of its source
+_CPP_STACK = "Exception raised from"  # what follows names functions, whatever happened
+
 
 class Fault(Enum):
     """What happened to a call."""
@@ -19,6 +28,12 @@ class Fault(Enum):
     INPUT_LOST = "an object the call needs is gone with its node"
     USER_ERROR = "the called code raised"
     EXPIRED = "it did not answer in time"
+    PEER_LOST = "a peer of its gang is gone or silent"
+
+    @property
+    def of_a_process(self) -> bool:
+        """A process, not the code, is to blame: a new one may succeed."""
+        return self in (Fault.WORKER_LOST, Fault.EXPIRED, Fault.PEER_LOST)
 
 
 class RunError(RuntimeError):
@@ -56,6 +71,7 @@ def classify(error: BaseException) -> Fault:
 
     An exception in a constructor is the code's own error although Ray reports it as a dead actor: a replacement would only repeat it.
     A lost argument reaches us wrapped in a RayTaskError; so does an argument whose producer died before it was made.
+    PEER_LOST takes both the type and the words of what torch.distributed raises: a user's own "connection timed out" is a USER_ERROR.
     """
     from ray import exceptions as ray_errors
 
@@ -77,7 +93,22 @@ def classify(error: BaseException) -> Fault:
     )
     if isinstance(cause, lost):
         return Fault.WORKER_LOST if cause is error else Fault.INPUT_LOST
-    return Fault.USER_ERROR
+    return Fault.PEER_LOST if _of_a_peer(cause) else Fault.USER_ERROR
+
+
+def _of_a_peer(error: BaseException) -> bool:
+    from ray.exceptions import RayTaskError
+
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    text = str(error).partition(_CPP_STACK)[0]
+    by_torch = any((kind.__module__, kind.__name__) == ("torch.distributed", "DistError") for kind in type(error).__mro__)  # by name: torch loads late
+    return (by_torch or (type(error) is RuntimeError and bool(_GLOO.search(text)))) and bool(_OF_A_PEER.search(text))
+
+
+def role_of(who: str) -> str:
+    """policy[1] -> policy."""
+    return who.partition("[")[0]
 
 
 def last_lines(error: BaseException, count: int = 6) -> str:

@@ -1,12 +1,13 @@
 """A gang: ranks that live and die together, such as the processes that train one model.
 
-A collective operation needs every rank, so one lost rank spoils the call for all, and the gang is rebuilt as a whole by its owner.
-Left out: the collectives themselves; a rank's `connect(address, port)` sets up whatever it uses.
+A collective operation needs every rank, so one lost rank spoils the call for all, and its owner rebuilds the gang as a whole.
+Left out: the collectives themselves, for which a rank's `connect(address, port)` sets up whatever it uses, and what the ranks knew: new ones
+begin with what their constructor gives them.
 """
 
 from __future__ import annotations
 
-import re
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from cluster.spawn import WorkerInfo
 if TYPE_CHECKING:
     from ray import ObjectRef
 
+log = logging.getLogger(__name__)
+
 _GRACE_S = 2.0  # after a first error: the rank that caused it may report later than the peers it tore down
-_OF_A_PEER = re.compile(r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket|gloo|nccl|processgroup|timed out", re.IGNORECASE)
+_REMOTENESS = {Fault.USER_ERROR: 0, Fault.INPUT_LOST: 0, Fault.WORKER_LOST: 1, Fault.EXPIRED: 2, Fault.PEER_LOST: 3}  # from the root cause, probably
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +33,6 @@ class _Failure:
     rank: int
     fault: Fault
     error: BaseException
-
-    @property
-    def remoteness(self) -> int:
-        """How far from the root cause it probably is: a rank's own error, a lost process, silence, an error about the connection to a peer."""
-        if self.fault is Fault.USER_ERROR:
-            return 3 if _OF_A_PEER.search(last_lines(self.error, 2)) else 0
-        return {Fault.INPUT_LOST: 0, Fault.WORKER_LOST: 1, Fault.EXPIRED: 2}[self.fault]
 
 
 class Ticket:
@@ -65,11 +61,19 @@ class Ticket:
         assert self.done, f"{self._role} '{self.phase}' is still running"
         if not self._failures:
             return [self._reports[rank] for rank in range(len(self._sent))]
+        self.forget()
+        failure = min(self._failures, key=lambda failure: (_REMOTENESS[failure.fault], failure.rank))
+        rank, fault, cause = failure.rank, failure.fault, failure.fault.value
+        silent = set(range(len(self._sent))) - self._reports.keys() - {failure.rank for failure in self._failures}
+        if fault is Fault.PEER_LOST and len(silent) == 1:  # a collective's deadline is shorter than the call's
+            rank, fault, cause = silent.pop(), Fault.EXPIRED, f"no answer; its peer {self._name(rank)} reports"
+            self._log_lost(rank, fault)
+        raise RunError(self._name(rank), self.phase, f"{cause}:\n{last_lines(failure.error)}\n", fault=fault) from failure.error
+
+    def forget(self) -> None:
+        """Nobody wants to hear of it any more: what a rank still answers is ignored, and `done` need not come true."""
         for report, *_ in self._sent:
             self._pump.forget(report)
-        failure = min(self._failures, key=lambda failure: (failure.remoteness, failure.rank))
-        who = f"{self._role}[{failure.rank}]"
-        raise RunError(who, self.phase, f"{failure.fault.value}:\n{last_lines(failure.error)}\n", fault=failure.fault) from failure.error
 
     def refs(self, rank: int) -> tuple[ObjectRef[Any], ...]:
         """The data references that `send` returned for a rank besides its report."""
@@ -82,8 +86,16 @@ class Ticket:
         def failed(error: BaseException) -> None:
             self._failed_at = self._failed_at or time.monotonic()
             self._failures.append(_Failure(rank=rank, fault=classify(error), error=error))
+            if self._failures[-1].fault in (Fault.WORKER_LOST, Fault.EXPIRED):
+                self._log_lost(rank, self._failures[-1].fault)
 
-        self._pump.watch(report, who=f"{self._role}[{rank}]", phase=self.phase, timeout_s=timeout_s, on_done=done, on_error=failed)
+        self._pump.watch(report, who=self._name(rank), phase=self.phase, timeout_s=timeout_s, on_done=done, on_error=failed)
+
+    def _log_lost(self, rank: int, fault: Fault) -> None:
+        log.info("%s lost in '%s': %s", self._name(rank), self.phase, fault.value)
+
+    def _name(self, rank: int) -> str:
+        return f"{self._role}[{rank}]"
 
 
 class Gang:
@@ -112,11 +124,26 @@ class Gang:
         workers: list[WorkerInfo] = self.call("start", lambda handle, rank: handle.describe.remote(), timeout_s=ready_s)
         for rank, worker in enumerate(workers):
             compare(self._fingerprint, worker.fingerprint, f"{self.role}[{rank}]")
+            log.info("%s[%d] ready: pid %d on %s", self.role, rank, worker.pid, worker.node_ip)
         address, port = workers[0].node_ip, self._free_port()
         return self.call("connect", lambda handle, rank: handle.connect.remote(address, port), timeout_s=ready_s)
 
+    def rebuild(self) -> list[Any]:
+        """Kill all ranks, whatever state they are in, seat new ones and `connect` them at a new port; what their `connect` returned.
+
+        May be called again and again, also after it has failed. Raises RunError, at the latest at the deadlines: a new rank waits within
+        ready_timeout_s for its seat, which a stopped process leaves about six seconds after it was killed. Forget running tickets first.
+        """
+        began = time.monotonic()
+        self.close()
+        self.start()
+        connected = self.connect()
+        log.info("%s rebuilt in %.1f s", self.role, time.monotonic() - began)
+        return connected
+
     def begin(self, phase: str, send: Callable[[Any, int], ObjectRef[Any] | tuple[ObjectRef[Any], ...]], timeout_s: float | None = None) -> Ticket:
         """Start send(handle, rank) on every rank; it returns the report's reference, alone or followed by data references."""
+        assert self._handles, f"the {self.role} gang is not started"
         sent = [_as_tuple(send(handle, rank)) for rank, handle in enumerate(self._handles)]
         return Ticket(self.role, phase, self._pump, sent, self._config.call_timeout_s if timeout_s is None else timeout_s)
 

@@ -7,6 +7,7 @@ Left out: which worker gets which work. What a piece of work yields must not dep
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from cluster.spawn import WorkerInfo
 if TYPE_CHECKING:
     from ray import ObjectRef
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -30,6 +33,7 @@ class Work:
     send(handle, attempt) starts it on a worker and returns (report, *data): the report is fetched, the data references stay references.
     on_input_lost: an object that `send` passed is gone; the owner makes it anew and submits again. Without it the run stops.
     on_expired: the deadline passed; True: the owner has dealt with it, False: send it again. The worker is replaced in either case.
+    on_retry: its worker was lost or hangs, and it was queued once more.
     """
 
     phase: str
@@ -37,6 +41,7 @@ class Work:
     on_done: Callable[[Any, tuple[ObjectRef[Any], ...], int], None]
     on_input_lost: Callable[[], None] | None = None
     on_expired: Callable[[], bool] | None = None
+    on_retry: Callable[[], None] | None = None
     timeout_s: float | None = None  # None: cluster.call_timeout_s
 
 
@@ -52,27 +57,37 @@ class Decision:
 def decide(fault: Fault, *, attempt: int, replaced: int, config: ClusterConfig) -> Decision:
     """What a pool does about a fault in attempt number `attempt`, after having replaced `replaced` workers.
 
-    Attempts count from 1; 0 means that the work's owner has taken the work back, so that only the worker is at issue.
+    Attempts count from 1; 0 means that the work's owner has taken the work back or dropped it, so that only the worker is at issue.
     """
-    if fault is Fault.USER_ERROR:
-        return Decision(stop="its code raised an error, which a second attempt would only repeat")
+    if fault in (Fault.USER_ERROR, Fault.PEER_LOST):  # workers of a pool have no peers: if one of its own making is gone, so be it
+        return Decision() if attempt == 0 else Decision(stop="its code raised an error, which a second attempt would only repeat")
     if fault is Fault.INPUT_LOST:
         return Decision() if attempt == 0 else Decision(stop="nobody can make the lost object anew")
     if replaced >= config.max_replacements:
         return Decision(stop=f"the pool has already replaced {replaced} workers (cluster.max_replacements = {config.max_replacements})")
     if attempt >= config.max_attempts:
         return Decision(stop=f"attempt {attempt} of {config.max_attempts} failed (cluster.max_attempts)")
-    return Decision(replace=True, requeue=True)
+    return Decision(replace=True, requeue=attempt > 0)
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """One attempt at a piece of work. dropped: nobody wants to hear of it any more."""
+
+    work: Work
+    attempt: int = 1
+    dropped: bool = False
 
 
 @dataclass(slots=True)
 class _Worker:
-    """A seat and who sits in it. `call` is the reference being watched: of its work, or of describe() while it starts."""
+    """A seat and who sits in it. `call` is the reference being watched: of its task, or of describe() while it starts."""
 
     index: int
     handle: Any
     call: ObjectRef[Any] | None = None
     info: WorkerInfo | None = None  # None: still starting
+    task: _Task | None = None
 
 
 class Pool:
@@ -89,7 +104,7 @@ class Pool:
         self._config = config
         self._fingerprint = fingerprint
         self._workers: list[_Worker] = []
-        self._queue: deque[tuple[Work, int]] = deque()
+        self._queue: deque[_Task] = deque()
 
     def start(self) -> None:
         """Start all workers; returns at once."""
@@ -105,13 +120,21 @@ class Pool:
 
     def submit(self, work: Work) -> None:
         """Queue work; it is sent as soon as a worker is idle."""
-        self._queue.append((work, 1))
+        self._queue.append(_Task(work))
         self._dispatch()
+
+    def drop_work(self) -> None:
+        """Nobody is called back any more for what was submitted so far. The workers live, and a busy one finishes what it is doing before it is
+        given new work; if it fails at that, it is replaced where it is lost or hangs, and nothing else happens."""
+        self._queue.clear()
+        for worker in self._workers:
+            if worker.task is not None:
+                worker.task.dropped = True
 
     @property
     def unfinished(self) -> int:
-        """Pieces of work that are queued or running."""
-        return len(self._queue) + sum(worker.info is not None and worker.call is not None for worker in self._workers)
+        """Pieces of work that are queued or running and not dropped."""
+        return len(self._queue) + sum(worker.task is not None and not worker.task.dropped for worker in self._workers)
 
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
@@ -141,6 +164,7 @@ class Pool:
 
     def _ready(self, worker: _Worker, info: WorkerInfo) -> None:
         compare(self._fingerprint, info.fingerprint, self._name(worker))
+        log.info("%s ready: pid %d on %s", self._name(worker), info.pid, info.node_ip)
         worker.call, worker.info = None, info
         self._dispatch()
 
@@ -152,7 +176,7 @@ class Pool:
         decision = decide(fault, attempt=1, replaced=self.replaced, config=self._config)
         if decision.stop:
             raise self._stopped(worker, "start", decision.stop, fault, error) from error
-        self._replace(worker)
+        self._replace(worker, "start", fault)
 
     def _dispatch(self) -> None:
         """Send queued work to idle workers, lowest seat first."""
@@ -160,47 +184,49 @@ class Pool:
             if not self._queue:
                 return
             if worker.info is not None and worker.call is None:
-                self._send(worker, *self._queue.popleft())
+                self._send(worker, self._queue.popleft())
 
-    def _send(self, worker: _Worker, work: Work, attempt: int) -> None:
-        sent_at = time.monotonic()
-        worker.call, *data = work.send(worker.handle, attempt)
+    def _send(self, worker: _Worker, task: _Task) -> None:
+        sent_at, work = time.monotonic(), task.work
+        worker.call, *data = work.send(worker.handle, task.attempt)
+        worker.task = task
 
         def done(report: Any) -> None:
             self.busy_seconds += time.monotonic() - sent_at
-            worker.call = None
+            worker.call = worker.task = None
             self._dispatch()  # first, so that the worker does not idle while the owner thinks
-            work.on_done(report, tuple(data), attempt)
+            if not task.dropped:
+                work.on_done(report, tuple(data), task.attempt)
 
         def failed(error: BaseException) -> None:
             self.busy_seconds += time.monotonic() - sent_at
-            self._failed(worker, work, attempt, error)
+            self._failed(worker, task, error)
 
         timeout_s = self._config.call_timeout_s if work.timeout_s is None else work.timeout_s
         self._pump.watch(worker.call, who=self._name(worker), phase=work.phase, timeout_s=timeout_s, on_done=done, on_error=failed)
 
-    def _failed(self, worker: _Worker, work: Work, attempt: int, error: BaseException) -> None:
-        """The worker still counts as busy here, so nothing that the owner submits in between is sent to it."""
-        fault = classify(error)
-        dealt_with = False
-        if fault is Fault.INPUT_LOST and work.on_input_lost is not None:
-            worker.call = None
-            work.on_input_lost()
-            dealt_with = True
-        elif fault is Fault.EXPIRED and work.on_expired is not None:
-            dealt_with = work.on_expired()
-        decision = decide(fault, attempt=0 if dealt_with else attempt, replaced=self.replaced, config=self._config)
+    def _failed(self, worker: _Worker, task: _Task, error: BaseException) -> None:
+        """The worker still counts as busy while its owner is called back, so nothing that the owner submits there is sent to it."""
+        fault, work = classify(error), task.work
+        taken_back = not task.dropped and _take_back(work, fault)
+        decision = decide(fault, attempt=0 if taken_back or task.dropped else task.attempt, replaced=self.replaced, config=self._config)
         if decision.stop:
             raise self._stopped(worker, work.phase, decision.stop, fault, error) from error
-        if decision.requeue and not dealt_with:
-            self._queue.appendleft((work, attempt + 1))
+        if decision.requeue:
+            self._queue.appendleft(_Task(work, task.attempt + 1))
+            if work.on_retry is not None:
+                work.on_retry()
         if decision.replace:
-            self._replace(worker)
+            self._replace(worker, work.phase, fault)
+        else:
+            worker.call = worker.task = None
         self._dispatch()
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker, phase: str, fault: Fault) -> None:
         """Seat a new worker in the place of one that is lost or hangs."""
         self.replaced += 1
+        log.info("%s lost in '%s': %s", self._name(worker), phase, fault.value)
+        log.info("%s replaced, number %d of at most %d in its pool", self._name(worker), self.replaced, self._config.max_replacements)
         self._dismiss(worker)
         self._workers[self._workers.index(worker)] = self._seat(worker.index)
 
@@ -217,3 +243,11 @@ class Pool:
 
     def _name(self, worker: _Worker) -> str:
         return f"{self.role}[{worker.index}]"
+
+
+def _take_back(work: Work, fault: Fault) -> bool:
+    """Whether the owner deals with the fault itself."""
+    if fault is Fault.INPUT_LOST and work.on_input_lost is not None:
+        work.on_input_lost()
+        return True
+    return fault is Fault.EXPIRED and work.on_expired is not None and work.on_expired()

@@ -1,6 +1,6 @@
 """A folder whose files survive: each is written whole, flushed to the disk and checksummed, and is believed again only if it is what was written.
 
-Local folders and, through fsspec, any filesystem it knows (`s3://`, `gs://`, `memory://`). Locally a text file appears by an atomic rename; on
+Local folders and, through fsspec, any filesystem it knows (`s3://`, `gs://`, `memory://`). Locally a file appears by an atomic rename; on
 an object store an upload is atomic in itself. Left out: what the files mean, and retries, which fsspec's filesystems have of their own.
 """
 
@@ -52,43 +52,36 @@ class Folder:
         return bool(self._fs.isfile(self._path(name)))
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file: afterwards it is there whole, and on the disk; before, what was there before. Raises OSError."""
-        if not self.is_local:
-            self._fs.pipe_file(self._path(name), text.encode())
-            return
-        target = Path(self._path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
-        _flush_folder(target.parent)
+        """Write a text file, as `write_file` does."""
+        self.write_file(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def read_text(self, name: str) -> str:
         """Raises OSError where there is none, UnicodeDecodeError where it is no text."""
         return str(self._fs.cat_file(self._path(name)).decode("utf-8"))
 
-    def write_file(self, name: str, write: Callable[[Path], None]) -> StoredFile:
-        """`write(path)` makes a file of this machine; afterwards it is in this folder and on the disk. Raises whatever `write` raises, and OSError."""
-        if self.is_local:
-            target = Path(self._path(name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write(target)
-            stored = _flushed(target, name)
-            _flush_folder(target.parent)
+    def write_file(self, name: str, write: Callable[[Path], object]) -> StoredFile:
+        """`write(path)` makes a file of this machine. Afterwards it is in this folder, whole and on the disk; until then, what was there before.
+
+        Raises whatever `write` raises, and OSError; nothing is left of the attempt then.
+        """
+        if not self.is_local:
+            with tempfile.TemporaryDirectory(prefix="raylign-upload-") as folder:
+                draft = Path(folder) / "file"
+                write(draft)
+                stored = _flushed(draft, name)
+                self._fs.makedirs(self._root, exist_ok=True)
+                self._fs.put_file(str(draft), self._path(name))
             return stored
-        with tempfile.TemporaryDirectory(prefix="raylign-upload-") as folder:
-            draft = Path(folder) / "file"
+        target = Path(self._path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
             write(draft)
             stored = _flushed(draft, name)
-            self._fs.makedirs(self._root, exist_ok=True)
-            self._fs.put_file(str(draft), self._path(name))
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+        _flush_folder(target.parent)
         return stored
 
     @contextmanager

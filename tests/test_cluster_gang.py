@@ -53,7 +53,7 @@ class Rank:
             time.sleep(60)
         if trouble == "lose":
             time.sleep(0.4)
-            raise RuntimeError("[gloo] Connection closed by peer [10.0.0.1]:3456")
+            raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:3456")
         if trouble == "die later":
             time.sleep(0.8)
             os._exit(5)
@@ -103,7 +103,8 @@ def test_ranks_meet_and_answer_in_order(make_gang: Callable[..., Gang]) -> None:
         (("lose", "die later"), "policy[1]", Fault.WORKER_LOST, "the process or its node is gone"),
         (("raise", "lose"), "policy[0]", Fault.USER_ERROR, "ValueError: bad batch on rank 0"),
         (("hang", "raise"), "policy[1]", Fault.USER_ERROR, "ValueError: bad batch on rank 1"),
-        (("", "lose"), "policy[1]", Fault.USER_ERROR, "Connection closed by peer"),
+        (("", "lose"), "policy[1]", Fault.PEER_LOST, "a peer of its gang is gone or silent:"),
+        (("lose", "hang"), "policy[1]", Fault.EXPIRED, "no answer; its peer policy[0] reports:"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else None,
 )
@@ -123,6 +124,14 @@ def test_a_rank_that_hangs_is_named_when_the_call_expires(make_gang: Callable[..
     with pytest.raises(RunError, match=r"policy\[1\] failed during 'update 3'.*\n.*no answer within 0.3 s") as caught:
         gang.call("update 3", send("", "hang"), timeout_s=0.3)
     assert caught.value.fault is Fault.EXPIRED
+
+
+def test_what_a_forgotten_call_answers_is_ignored(make_gang: Callable[..., Gang]) -> None:
+    gang = make_gang()
+    forgotten = gang.begin("update 3", send("raise", ""))
+    forgotten.forget()
+    assert gang.call("update 4", lambda handle, rank: handle.report.remote()) == [(0, b"\0"), (1, b"\1")]
+    assert not forgotten.done
 
 
 def test_a_rank_with_other_code_is_refused(make_gang: Callable[..., Gang], ray_session: Session) -> None:

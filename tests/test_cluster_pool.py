@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -38,6 +39,8 @@ class Squarer:
             os._exit(5)
         if trouble == "hang" or (trouble == "hang once" and attempt == 1):
             time.sleep(60)
+        if trouble == "take time":
+            time.sleep(1)
         if trouble == "freeze" and attempt == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         if trouble == "raise":
@@ -78,6 +81,7 @@ class Owner:
         self.pool = pool
         self.found: dict[int, tuple[int, int]] = {}  # number -> (square, attempt)
         self.taken_back: list[int] = []
+        self.retried: list[int] = []
 
     def submit(self, number: int, trouble: str = "", **more: Any) -> None:
         def send(worker: Any, attempt: int) -> tuple[Any, ...]:
@@ -87,7 +91,8 @@ class Owner:
             assert number not in self.found, "called back twice"
             self.found[number] = (len(ray.get(data[0], timeout=10)), attempt)
 
-        self.pool.submit(Work(phase=f"square {number}", send=send, on_done=done, **more))
+        retry = lambda: self.retried.append(number)  # noqa: E731
+        self.pool.submit(Work(phase=f"square {number}", send=send, on_done=done, on_retry=retry, **more))
 
     def wait(self, count: int) -> None:
         self.pool._pump.run_until(lambda: len(self.found) + len(self.taken_back) == count, timeout_s=45, waiting_for="squares")
@@ -108,10 +113,14 @@ def test_all_work_is_done_and_every_worker_works(make_pool: Callable[..., Pool])
     assert 0 < pool.busy_seconds < 10
 
 
-def test_a_worker_that_dies_mid_call_is_replaced_and_its_work_done_with_the_same_result(make_pool: Callable[..., Pool]) -> None:
+def test_a_worker_that_dies_mid_call_is_replaced_and_its_work_done_with_the_same_result(
+    make_pool: Callable[..., Pool], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="cluster.pool")
     pool = make_pool()
     pool.wait_ready()
-    before = {worker.pid for worker in pool.workers}
+    started = [worker.pid for worker in pool.workers]
+    before = set(started)
     owner = Owner(pool)
     for number in range(5):
         owner.submit(number, "die once" if number == 2 else "")
@@ -119,7 +128,14 @@ def test_a_worker_that_dies_mid_call_is_replaced_and_its_work_done_with_the_same
     assert owner.found == {number: (number * number, 2 if number == 2 else 1) for number in range(5)}
     pool.wait_ready()
     assert pool.replaced == 1
-    assert len({worker.pid for worker in pool.workers} - before) == 1
+    [new] = {worker.pid for worker in pool.workers} - before
+    assert owner.retried == [2]
+    ready, (lost, replaced, again) = caplog.messages[:2], caplog.messages[2:]
+    assert sorted(line.partition(" on ")[0] for line in ready) == [f"squarer[{i}] ready: pid {pid}" for i, pid in enumerate(started)]
+    who = lost.partition(" ")[0]
+    assert lost == f"{who} lost in 'square 2': the process or its node is gone"
+    assert replaced == f"{who} replaced, number 1 of at most 2 in its pool"
+    assert again.startswith(f"{who} ready: pid {new} on ")
 
 
 @pytest.mark.slow
@@ -153,6 +169,52 @@ def test_the_owner_may_take_expired_work_back(make_pool: Callable[..., Pool]) ->
     owner.wait(2)
     assert owner.found == {5: (25, 1)}
     assert pool.replaced == 1
+
+
+def drop(owner: Owner, trouble: str, **more: Any) -> None:
+    """Work that a worker is in the middle of and work that waits, both dropped; nobody may be called back for them."""
+
+    def unwanted() -> bool:
+        raise AssertionError("called back for work that was dropped")
+
+    owner.submit(1, trouble, on_expired=unwanted, on_input_lost=unwanted, **more)
+    owner.submit(2)
+    assert owner.pool.unfinished == 2
+    owner.pool.drop_work()
+    assert owner.pool.unfinished == 0
+
+
+@pytest.mark.parametrize(
+    ("trouble", "replaced"), [("take time", 0), ("raise", 0), ("die", 1), pytest.param("hang", 1, marks=pytest.mark.slow)], ids=lambda value: str(value)
+)
+def test_nobody_hears_of_dropped_work_however_it_ends(make_pool: Callable[..., Pool], trouble: str, replaced: int) -> None:
+    """The worker takes new work when it is done with the old, or when its replacement is there."""
+    pool = make_pool(size=1)
+    pool.wait_ready()
+    pid = pool.workers[0].pid
+    owner = Owner(pool)
+    drop(owner, trouble, timeout_s=0.5 if trouble == "hang" else None)
+    owner.submit(3)
+    assert pool.unfinished == 1
+    owner.wait(1)
+    assert owner.found == {3: (9, 1)}
+    assert owner.retried == []
+    assert (pool.replaced, pool.workers[0].pid == pid) == (replaced, not replaced)
+
+
+def test_work_may_be_dropped_from_within_a_call_back(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(size=1)
+    owner = Owner(pool)
+
+    def give_up() -> bool:
+        pool.drop_work()
+        owner.submit(4)
+        return False  # not dealt with, yet not to be sent again either
+
+    owner.submit(3, "hang once", timeout_s=0.3, on_expired=give_up)
+    owner.wait(1)
+    assert owner.found == {4: (16, 1)}
+    assert owner.retried == []
 
 
 def test_work_that_kills_every_worker_stops_the_run_with_names(make_pool: Callable[..., Pool]) -> None:
@@ -234,7 +296,9 @@ RETRY = Decision(replace=True, requeue=True)
     [
         (Fault.WORKER_LOST, 1, 0, RETRY),
         (Fault.EXPIRED, 2, 1, RETRY),
-        (Fault.EXPIRED, 0, 1, RETRY),
+        (Fault.EXPIRED, 0, 1, Decision(replace=True)),
+        (Fault.USER_ERROR, 0, 0, Decision()),
+        (Fault.PEER_LOST, 1, 0, Decision(stop="its code raised an error, which a second attempt would only repeat")),
         (Fault.INPUT_LOST, 0, 9, Decision()),
         (Fault.INPUT_LOST, 1, 0, Decision(stop="nobody can make the lost object anew")),
         (Fault.WORKER_LOST, 3, 0, Decision(stop="attempt 3 of 3 failed (cluster.max_attempts)")),
