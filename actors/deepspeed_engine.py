@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from actors.config import LearnerConfig
 from actors.device import Compute, assigned_compute
+from actors.fragments import Fragment, Working, fragments_of, numel_of, working_of
 
 _BUCKET = 50_000_000  # elements of one collective
 
@@ -48,6 +49,7 @@ class DeepSpeedEngine:
         Raises AssertionError when DeepSpeed came up with other settings than asked for.
         """
         self.config = config
+        self.rank = rank
         self.ranks = ranks
         self.compute = assigned_compute(config.gpus)
         self._model = model
@@ -86,7 +88,7 @@ class DeepSpeedEngine:
         """Clip and apply the accumulated gradient, or drop it on all ranks when it is not finite on any."""
         stage0_norm = self._stage0_norm()  # before stepping, which clips and clears
         if not self._finite_everywhere() or (stage0_norm is not None and not math.isfinite(stage0_norm)):
-            self._drop_gradients()
+            self.drop_gradients()
             return StepReport(grad_norm=0.0, skipped=True)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -109,22 +111,30 @@ class DeepSpeedEngine:
         with self._gathered(parameters, enabled=bool(parameters)):
             yield
 
-    # ---- finiteness ----
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name -> number of elements of every trainable parameter."""
+        return {name: numel_of(parameter) for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
-    def _note_gradient(self, gradient: Tensor) -> None:
-        # One sum is non-finite if any element is; no device synchronisation here. It sees this micro-batch's own gradient at every
-        # stage, before DeepSpeed moves it into its buffers.
-        self._finite.logical_and_(torch.isfinite(gradient.detach().sum(dtype=torch.float32)))
+    def fragments(self) -> list[Fragment]:
+        """All that this rank holds of the training state; at stage 0 that is everything."""
+        return fragments_of(self._model, self._optimizer, self._engine.basic_optimizer, self.rank)
 
-    def _finite_everywhere(self) -> bool:
-        flag = self._finite.to(torch.int32)
-        if self.ranks > 1:
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    def own_fragments(self) -> list[Fragment]:
+        """This rank's share: those of all ranks together are every trainable parameter once."""
+        held = self.fragments()
+        return [fragment.part(self.rank, self.ranks) for fragment in held] if self.config.zero_stage == 0 else held
+
+    def working(self) -> Iterator[Working]:
+        """The trainable parameters as the model computes with them, to be filled; nothing may be accumulated (`drop_gradients`)."""
+        return working_of(self._model, self.rank)
+
+    def drop_gradients(self) -> None:
+        """Forget everything accumulated since the last step, as DeepSpeed's own overflow branches do stage by stage.
+
+        Also what an update left behind that broke off anywhere between two steps, on all ranks alike.
+        """
         self._finite.fill_(True)
-        return bool(flag.item())
-
-    def _drop_gradients(self) -> None:
-        """Forget everything accumulated since the last step, as DeepSpeed's own overflow branches do stage by stage."""
         self._engine.zero_grad()
         if self._optimizer is not self._engine.basic_optimizer:
             self._optimizer.zero_grad()
@@ -139,6 +149,20 @@ class DeepSpeedEngine:
             self._optimizer.averaged_gradients = {}
             self._optimizer._pre_step()
             self._optimizer._partition_all_parameters()
+
+    # ---- finiteness ----
+
+    def _note_gradient(self, gradient: Tensor) -> None:
+        # One sum is non-finite if any element is; no device synchronisation here. It sees this micro-batch's own gradient at every
+        # stage, before DeepSpeed moves it into its buffers.
+        self._finite.logical_and_(torch.isfinite(gradient.detach().sum(dtype=torch.float32)))
+
+    def _finite_everywhere(self) -> bool:
+        flag = self._finite.to(torch.int32)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+        self._finite.fill_(True)
+        return bool(flag.item())
 
     def _stage0_norm(self) -> float | None:
         """Of plain AdamW, whose norm DeepSpeed keeps to itself; None where a DeepSpeed optimiser reports it."""

@@ -22,6 +22,8 @@ from typing import ClassVar, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.storage import Folder
+
 FINISH = ("stop", "length", "error")
 STATUS = ("ok", "timeout", "error")
 
@@ -92,9 +94,8 @@ class _Typed:
         return cls(table)
 
     def write(self, path: Path) -> None:
-        """Write one Parquet file (zstd), making its folder."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(self.table, path, compression="zstd")
+        """Write one Parquet file (zstd), making its folder; afterwards it is there whole and on the disk. Raises OSError."""
+        Folder(path.parent).write_file(path.name, lambda draft: pq.write_table(self.table, draft, compression="zstd"))
 
     def slice(self, start: int, length: int | None = None) -> Self:
         """Rows [start, start + length) as a view: no copy, and only these rows are sent by Ray (plain pickle takes the whole buffers)."""

@@ -13,6 +13,7 @@ What was left out: dropout (off in RLHF: Huang et al. 2023, detail 2) and gradie
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,18 +31,26 @@ from actors.micro_batches import Batch, Rows, deal, in_row_order, minibatches
 from actors.model import PolicyModel, TokenInputs, ValueModel, load_causal_lm, load_tokenizer, save_causal_lm
 from actors.objective import ActionTokens, PolicyObjective, ValueObjective
 from actors.schedule import learning_rate
-from actors.weights import Manifest, Weights, pack
+from actors.shards import open_shards, write_shard
+from actors.tally import Tally
+from actors.tally import UpdateReport as UpdateReport  # part of this file's interface
+from actors.weights import Manifest, Weights, fingerprint, pack
+from cluster.storage import Folder, StoredFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerReady:
-    """parameters, trainable: numbers of weights of the whole model. context: longest rollout in tokens."""
+    """parameters, trainable: numbers of weights of the whole model. context: longest rollout in tokens.
+
+    checksum: of the whole model before any training; a commit can only be restored into the model the run began with.
+    """
 
     parameters: int
     trainable: int
     device: str
     dtype: Dtype
     context: int
+    checksum: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,34 +75,24 @@ class UpdatePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateReport:
-    """What one step's updates did, the same on every rank.
+class ShardReport:
+    """file: what this rank wrote, relative to the folder; equal states have equal checksums."""
 
-    samples:          rollouts trained on, over all ranks.
-    updates, skipped: optimiser steps taken, and dropped because a gradient was not finite.
-    loss:             mean over minibatches. statistics: the objective's, means over action_tokens, counted once an epoch.
-    grad_norm, grad_norm_max: before clipping, over the steps taken.
-    ratio_deviation:  max |exp(new - proximal) - 1| over the first minibatch before any update; 0 for the critic, which has no ratio.
-    logprob_gap, logprob_gap_max: mean and max of |new - sampled| there; 0 for the critic.
-    """
+    file: StoredFile
+    seconds: float
 
-    samples: int
-    updates: int
-    skipped: int
-    loss: float
-    grad_norm: float
-    grad_norm_max: float
-    learning_rate: float
-    statistics: dict[str, float]
-    ratio_deviation: float
-    logprob_gap: float
-    logprob_gap_max: float
-    action_tokens: int
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreReport:
+    """steps: optimiser steps behind the state. ranks: that wrote it."""
+
+    steps: int
+    ranks: int
     seconds: float
 
 
 class Learner:
-    """One rank. `connect` comes first; then `infer`, `update`, `publish` and `export` in any order, on all ranks alike."""
+    """One rank. `connect` comes first; then the other methods in any order, on all ranks alike."""
 
     def __init__(
         self,
@@ -134,6 +133,7 @@ class Learner:
         if heads_only:
             self._model.requires_grad_(False)
             self._model.head.requires_grad_(True)
+        checksum = fingerprint(self._model)
         self._model.to(compute.device)
         parameters = list(self._model.parameters())
         ready = LearnerReady(
@@ -142,6 +142,7 @@ class Learner:
             device=str(compute.device),
             dtype=self.config.dtype,
             context=int(causal_lm.config.max_position_embeddings),
+            checksum=checksum,
         )
         self._engine = DeepSpeedEngine(self._model, self.config, rank=self.rank, ranks=self.ranks, address=address, port=port, timeout_s=self._timeout_s)
         self._model.eval()  # for good: training without dropout
@@ -173,7 +174,7 @@ class Learner:
         """Train on a step's Experience: epochs * minibatches optimiser steps, each on a minibatch of the whole step."""
         started = time.perf_counter()
         batch = Batch(Experience(experience).table, self._device)
-        tally = _Tally(self._device, epochs=plan.epochs, tokens=plan.epochs * int(batch.action_offsets[-1]))
+        tally = Tally(self._device, epochs=plan.epochs, tokens=plan.epochs * int(batch.action_offsets[-1]))
         steps: list[StepReport] = []
         rate = 0.0
         for epoch, parts in enumerate(minibatches(len(batch), epochs=plan.epochs, minibatches=plan.minibatches, seed=plan.seed, step=plan.step)):
@@ -205,6 +206,27 @@ class Learner:
             if self.rank == 0:
                 save_causal_lm(self._model.causal_lm, load_tokenizer(self._path), Path(folder))
 
+    def save(self, folder: str) -> ShardReport:
+        """Write this rank's share of the training state into the folder: weights, moments and counters of what is trained, in float32."""
+        started = time.perf_counter()
+        file = write_shard(Folder(folder), self._engine.own_fragments(), role=self.role, rank=self.rank, ranks=self.ranks)
+        return ShardReport(file=file, seconds=time.perf_counter() - started)
+
+    def restore(self, folder: str, files: Sequence[str]) -> RestoreReport:
+        """Be as the learner was that saved these files, all of one commit, with whatever number of ranks and at whatever ZeRO stage.
+
+        Whatever this one has done since `connect` is forgotten. Raises ValueError, having changed nothing, when the files are not
+        the whole state of this role and model.
+        """
+        started = time.perf_counter()
+        sizes = self._engine.sizes
+        with open_shards(Folder(folder), files) as shards:
+            shards.check(self.role, sizes)
+            self._engine.drop_gradients()
+            shards.fill(self._engine.fragments())
+            shards.fill_working(self._engine.working())
+            return RestoreReport(steps=max(map(shards.step, sizes)), ranks=shards.ranks, seconds=time.perf_counter() - started)
+
     @property
     def _published(self) -> nn.Module:
         """What rollout workers know the parameters of: the causal LM itself, without this floor's wrapper."""
@@ -220,7 +242,7 @@ class Learner:
         values = self._engine.forward(inputs)
         return values, values.new_empty(0)
 
-    def _accumulate(self, batch: Batch, minibatch: Rows, aggregation: str, tally: _Tally, *, untrained: bool) -> None:
+    def _accumulate(self, batch: Batch, minibatch: Rows, aggregation: str, tally: Tally, *, untrained: bool) -> None:
         """Forward and backward over this rank's share of a minibatch. untrained: before any update, so the ratio must still be 1."""
         counts = batch.action_counts(minibatch)
         whole = int(counts.sum()) if aggregation == "token_mean" else len(minibatch)
@@ -244,59 +266,6 @@ class Learner:
         if self.role == "policy":
             return self._objective.policy_loss(new, entropy, actions)  # type: ignore[union-attr]
         return self._objective.value_loss(new, actions)  # type: ignore[union-attr]
-
-
-class _Tally:
-    """Sums over micro-batches, kept in float64 on the device and brought together over ranks once, at the end."""
-
-    def __init__(self, device: torch.device, *, epochs: int, tokens: int) -> None:
-        """tokens: action tokens of all ranks and epochs."""
-        self._epochs = epochs
-        self._tokens = tokens
-        self._rows = 0
-        self._zero = torch.zeros((), dtype=torch.float64, device=device)
-        self._loss = self._zero
-        self._sums: dict[str, Tensor] = {}
-        self._gap_sum, self._gap_tokens = self._zero, 0
-        self._gap_max, self._deviation = self._zero, self._zero
-
-    def add(self, rows: int, loss: Tensor, statistics: dict[str, Tensor]) -> None:
-        self._rows += rows
-        self._loss = self._loss + loss.double()
-        for name, values in statistics.items():
-            self._sums[name] = self._sums.get(name, self._zero) + values.detach().sum(dtype=torch.float64)
-
-    def compare(self, new: Tensor, actions: ActionTokens) -> None:
-        if not len(new):
-            return
-        gap = (new - actions.logprobs).abs().double()
-        self._gap_sum, self._gap_tokens = self._gap_sum + gap.sum(), self._gap_tokens + len(new)
-        self._gap_max = torch.maximum(self._gap_max, gap.max())
-        deviation = (torch.exp((new - actions.proximal_logprobs).double()) - 1).abs()
-        self._deviation = torch.maximum(self._deviation, deviation.max())
-
-    def report(self, engine: DeepSpeedEngine, steps: list[StepReport], rate: float, *, seconds: float) -> UpdateReport:
-        names = sorted(self._sums)  # every rank ran the same objective, fillers included, so all have the same names
-        counts = [self._zero + self._gap_tokens, self._zero + self._rows]
-        ranks = engine.gather(torch.stack([self._gap_max, self._deviation, self._gap_sum, *counts, self._loss, *(self._sums[n] for n in names)]))
-        gap_max, deviation = ranks[:, :2].amax(0).tolist()
-        gap, gap_tokens, rows, loss, *sums = ranks[:, 2:].sum(0).tolist()
-        norms = [s.grad_norm for s in steps if not s.skipped]
-        return UpdateReport(
-            samples=round(rows / self._epochs),
-            updates=len(norms),
-            skipped=len(steps) - len(norms),
-            loss=loss / len(steps),
-            grad_norm=sum(norms) / max(len(norms), 1),
-            grad_norm_max=max(norms, default=0.0),
-            learning_rate=rate,
-            statistics={name: total / max(self._tokens, 1) for name, total in zip(names, sums, strict=True)},
-            ratio_deviation=deviation,
-            logprob_gap=gap / max(gap_tokens, 1),
-            logprob_gap_max=gap_max,
-            action_tokens=self._tokens,
-            seconds=seconds,
-        )
 
 
 def _filler(batch: Batch) -> Rows:

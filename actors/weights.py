@@ -111,6 +111,16 @@ def pack(named_tensors: Iterable[tuple[str, Tensor]], dtype: Dtype, version: int
     return Weights(version=version, manifest=Manifest(names=names, shapes=shapes, dtype=dtype, offsets=offsets, checksum=checksum), buckets=buckets)
 
 
+def fingerprint(model: nn.Module) -> str:
+    """xxh3-128, hexadecimal, over names, shapes, dtypes and bytes of the model's parameters; no more than one of them is copied at a time."""
+    named = list(model.named_parameters())
+    digest = xxhash.xxh3_128(json.dumps([[name, tuple(p.shape), str(p.dtype)] for name, p in named]).encode())
+    for _, parameter in named:
+        data: Any = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()  # the buffer protocol, as below
+        digest.update(data)
+    return digest.hexdigest()
+
+
 def _layout(sizes: list[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
     """Where each tensor of that many bytes goes, (bucket, first byte), and the size of each bucket."""
     offsets: list[tuple[int, int]] = []

@@ -27,13 +27,13 @@ VOCABULARY = 96
 POISON = 666.0  # an advantage that makes PolicyGradient's loss finite and its gradient infinite
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0) -> str:
-    """A GPT-2 of 2 layers x 32 with a byte-level tokenizer of no merges, as `from_pretrained` reads them."""
+def save_tiny_model(folder: Path, *, seed: int = 0, width: int = 32) -> str:
+    """A GPT-2 of 2 layers x `width` with a byte-level tokenizer of no merges, as `from_pretrained` reads them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=width, n_layer=2, n_head=1 if width % 2 else 2, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
         for parameter in model.parameters():

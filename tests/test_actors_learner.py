@@ -283,7 +283,7 @@ def test_what_is_exported_is_what_was_trained_and_published(stage: int, trainabl
     reloaded = make_learner(str(tmp_path / "policy"), config(trainable=trainable)).infer(rollouts_of(experience))[1]
     got = {i: row for table, _ in results for i, row in zip(table["sample_id"].to_pylist(), table["logprobs"].to_pylist(), strict=True)}
     for i, row in zip(reloaded["sample_id"].to_pylist(), reloaded["logprobs"].to_pylist(), strict=True):
-        assert got[i] == pytest.approx(row, abs=1e-6)
+        assert got[i] == pytest.approx(row, abs=1e-5)
 
 
 def test_weight_decay_shrinks_matrices_and_spares_biases(path: str, experience: pa.Table) -> None:
