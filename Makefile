@@ -12,12 +12,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint bench clean
+.PHONY: help install quickstart test check chaos lint bench clean
 
 help:
 	@echo "make quickstart   install, then fine-tune and align a small GPT-2 (about 5 minutes on 2 cores)"
 	@echo "make test         install, then ruff, mypy and every test (under 20 minutes on 2 cores)"
 	@echo "make check        the quick part of it (under 2 minutes)"
+	@echo "make chaos        runs whose processes are killed at random moments (about 25 minutes)"
 	@echo "make bench        timings against transformers' generate"
 	@echo "make install      only make .venv"
 
@@ -49,6 +50,10 @@ test: lint
 check: lint
 	@echo "== quick tests"
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+chaos: $(STAMP)
+	@echo "== processes are killed and stopped; runs must end as if nothing had happened"
+	$(BIN)/python -m pytest -s tests/chaos/chaos_*.py $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/generation.py $(ARGS)

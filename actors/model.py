@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -35,14 +36,42 @@ class TokenInputs:
     targets: Tensor  # (N,) int64
 
 
+def check_model(path: str, rule: str = "model.path: must be a folder or hub name of a causal language model") -> None:
+    """Raises ValueError when a folder lacks config or weights, or these are torn; only their headers are read. What is no folder is for the hub to know."""
+    folder = Path(path)
+    is_hub_name = not path.startswith((".", "/", "~")) and path.count("/") <= 1
+    problem = _folder_problem(folder) if folder.is_dir() else "" if is_hub_name else "there is no such folder"
+    if problem:
+        raise ValueError(f"{rule}, got {path!r}: {problem}")
+
+
+def _folder_problem(folder: Path) -> str:
+    """What a model's folder lacks, and what to do about it, or ""."""
+    if not (folder / "config.json").is_file():
+        return "it has no config.json; save_pretrained writes one"
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (weights or any(folder.glob("pytorch_model*.bin"))):
+        return "it has no weights (model.safetensors); save_pretrained writes them"
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file.name} is not whole ({_first_line(error)}); copy it again"
+    return ""
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer saved beside the model. Raises ValueError when there is none, or it has no end-of-text token."""
     from transformers import AutoTokenizer
 
+    quiet_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: must be a folder or hub name with a tokenizer, got {path!r}: {_first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up for some families where there is none
+        raise ValueError(f"model.path: must have its tokenizer beside it, got {path!r} without; save the one it was trained with there")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path: the tokenizer of {path!r} must have an end-of-text token; set eos_token in its tokenizer_config.json")
     return tokenizer
@@ -58,10 +87,10 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, untie_head: bool = False, a
     """
     from transformers import AutoModelForCausalLM
 
-    _quiet_transformers()
+    quiet_transformers()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         message = f"model.path: must be a folder or hub name of a causal language model that runs with sdpa attention, got {path!r}: {_first_line(error)}"
         raise ValueError(message) from error
     _check_head(model, path)
@@ -157,13 +186,20 @@ def trunk_states(causal_lm: PreTrainedModel, batch: TokenInputs) -> Tensor:
 
 def context_of(path: str) -> int:
     """Longest sequence the model of a folder or hub name takes, in tokens. Raises ValueError naming the path when it does not say."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = _config_of(path)
     context = getattr(config, "max_position_embeddings", None)
     if context is None:
         raise ValueError(f"model.path: must have max_position_embeddings in its config, got {path!r} (family {config.model_type}); {_REMEDY}")
     return int(context)
+
+
+def vocabulary_of(path: str) -> int:
+    """Embeddings the model of a folder or hub name has: ids must be below this. Raises ValueError naming the path when it does not say."""
+    config = _config_of(path)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None:
+        raise ValueError(f"model.path: must have vocab_size in its config, got {path!r} (family {config.model_type}); {_REMEDY}")
+    return int(vocabulary)
 
 
 def save_causal_lm(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -174,6 +210,17 @@ def save_causal_lm(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None
     buffers = {name: t for name, t in model.state_dict().items() if name in dict(model.named_buffers())}
     model.save_pretrained(folder, state_dict=parameters | buffers)
     tokenizer.save_pretrained(folder)
+
+
+def _config_of(path: str) -> Any:
+    from transformers import AutoConfig
+
+    quiet_transformers()
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        where = "" if Path(path).is_dir() else "no such folder is here, and of the hub: "
+        raise ValueError(f"model.path: must be a folder or hub name of a causal language model, got {path!r}: {where}{_first_line(error)}") from error
 
 
 def _check_head(model: Any, path: str) -> None:
@@ -211,7 +258,8 @@ def _replace_attention(model: Any, attention: str, path: str) -> None:
         raise ValueError(f"model.path: must be of a family whose attention can be replaced, got {path!r} (family {model.config.model_type}); {_REMEDY}")
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
+    """What it would print of a model is not for the terminal."""
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()

@@ -15,10 +15,12 @@ import math
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from actors.config import RewardConfig
 
 MAX_DETAIL = 200  # characters of a failure's reason that are kept
+_CLASSIFIER = "reward.model: must be a folder or hub name of a sequence classifier"
 Score = tuple[float, str, str]  # reward, status, detail
 
 
@@ -105,8 +108,8 @@ class RewardWorker:
             return [(float(reward), "ok", "") for reward in rewards]
         except _OutOfTimeError:
             failed: Score = (math.nan, "timeout", f"took longer than reward.timeout_s = {self.config.timeout_s:g} s")
-        except Exception as error:  # noqa: BLE001 - a user's code may raise anything; it becomes this sample's status
-            failed = (math.nan, "error", f"{type(error).__name__}: {error}".strip().splitlines()[0][:MAX_DETAIL])
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code may raise anything; it becomes this sample's status
+            failed = (math.nan, "error", what_went_wrong(error))
         if len(prompts) == 1:
             return [failed]
         samples = zip(prompts, responses, metadata, strict=True)
@@ -139,15 +142,14 @@ class ClassifierReward:
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
         """Raises ValueError naming the path when it holds no classifier with one label, or no tokenizer that can pad."""
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification
 
+        self.tokenizer = check_classifier(path)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"reward.model: must be a folder or hub name of a sequence classifier, got {path!r}: {error}") from error
-        if model.config.num_labels != 1:
-            raise ValueError(f"reward.model: must have one output, got {model.config.num_labels} labels in {path!r}; train it with num_labels=1")
-        self.tokenizer = _classifier_tokenizer(path)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{_CLASSIFIER}, got {path!r}: {error}") from error
         model.config.pad_token_id = self.tokenizer.pad_token_id  # the classifier reads the last token that is not this one
         self.model = model.to(device).eval()
 
@@ -178,20 +180,59 @@ def load_reward(config: RewardConfig) -> RewardFunction:
 def load_function(path: str, field: str = "reward.function") -> Callable[..., Any]:
     """What `package.module:name` names. Needs neither Ray nor torch, so a recipe is checked before anything starts.
 
-    Raises ValueError naming the field when it cannot be imported, or is not callable.
+    Raises ValueError naming the field when it cannot be imported, whatever importing it raises, or is not callable.
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
         raise ValueError(f"{field}: must be package.module:name, got {path!r}; name a callable by its import path")
     try:
-        module = importlib.import_module(module_name)
+        with user_code(f"{field}: must be importable, got {path!r}", but=ImportError):
+            module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"{field}: must be importable, got {path!r}: {error}; put the module on PYTHONPATH or in the working directory") from error
     found = getattr(module, name, None)
     if not callable(found):
-        problem = "no such name in the module" if found is None else f"a {type(found).__name__}"
+        problem = "no such name in the module" if found is None else f"of type {type(found).__name__}"
         raise ValueError(f"{field}: must be callable, got {path!r}: {problem}; define it in {module.__file__}")
     return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def user_code(rule: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Inside, code of the user's runs, which may raise anything and even exit: a ValueError of one line that begins with `rule`. `but` goes through."""
+    try:
+        yield
+    except but:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{rule}, but it raised {what_went_wrong(error)}") from error
+
+
+def what_went_wrong(error: BaseException) -> str:
+    """An error of the user's code in one line: its type, its first line, and where it was raised unless that is in this file."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}"[:MAX_DETAIL].rstrip(": ")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]  # not the import machinery's own
+    if isinstance(error, SyntaxError) or not frames or frames[-1].filename == __file__:  # a SyntaxError says itself where
+        return text
+    return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+
+
+def check_classifier(path: str) -> Any:
+    """The tokenizer of a classifier. Raises ValueError for what is wrong with the classifier and can be seen before its weights are loaded."""
+    from transformers import AutoConfig
+
+    from actors.model import check_model, quiet_transformers
+
+    check_model(path, _CLASSIFIER)
+    quiet_transformers()
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_CLASSIFIER}, got {path!r}: {str(error).strip().splitlines()[0]}") from error
+    if config.num_labels != 1:
+        raise ValueError(f"reward.model: must have one output, got {config.num_labels} labels in {path!r}; train it with num_labels=1")
+    return _classifier_tokenizer(path)
 
 
 def _classifier_tokenizer(path: str) -> Any:

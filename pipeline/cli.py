@@ -3,7 +3,7 @@
     raylign COMMAND [RECIPE] [--run-dir DIR] [--section.field value ...]
 
 Overrides are generated from the configuration's own types (tyro), so there is no second list of options.
-Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 the run failed or a replay differs, 2 the command or its configuration is wrong, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from tyro.constructors import ConstructorRegistry
 
     from pipeline.config import RunConfig
@@ -31,21 +32,30 @@ raylign: reinforcement learning from human feedback for causal language models, 
   raylign train RECIPE               run a recipe: a TOML file, or one of those below
   raylign plan RECIPE                what a recipe would run: processes, placement, batch arithmetic, memory; starts nothing
 
+  raylign resume RUN_DIR             go on with a run that was stopped or broke off, from its last commit
+  raylign ledger RUN_DIR             the account of a run: what became of every sample
+  raylign replay RUN_DIR --step N    compute a step's advantages and losses again, offline, and compare with what was recorded
+
   --run-dir DIR                      where the run is written (default runs/<recipe>-<time>)
   --section.field value              override a setting; `raylign train RECIPE --help` lists them all
+  --allow-change KEY                 with resume: accept that this setting differs from what the run was begun with
 
 recipes: {recipes}
 """
+_OF_RECIPE = ("quickstart", "train", "plan")
+_OF_RUN = ("resume", "ledger", "replay")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A parsed and checked command line."""
+    """A parsed and checked command line. recipe: of a new run; run_dir: where it is written, or the run that is meant."""
 
     name: str
-    recipe: str
-    run_dir: Path | None
+    recipe: str = ""
+    run_dir: Path | None = None
     config: RunConfig
+    allowed: tuple[str, ...] = ()
+    step: int = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's reward function is named by import path from where they stand
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in (*HELP, "help") or (arguments[0] in ("train", "plan") and arguments[1:] and arguments[1] in HELP):
+    if not arguments or arguments[0] in (*HELP, "help") or (arguments[0] in (*_OF_RECIPE[1:], *_OF_RUN) and arguments[1:] and arguments[1] in HELP):
         print(USAGE.format(recipes=", ".join(_bundled())), end="")
         return 0 if arguments else 2
     try:
@@ -65,24 +75,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Command, recipe and overrides. Raises ValueError for whatever is wrong with them."""
+    """Command, recipe or run folder, and overrides. Raises ValueError for whatever is wrong with them."""
+    name, rest = arguments[0], list(arguments[1:])
+    if name in _OF_RECIPE:
+        return _parse_recipe(name, rest)
+    if name in _OF_RUN:
+        return _parse_run(name, rest)
+    raise ValueError(f"command: must be {', '.join((*_OF_RECIPE, *_OF_RUN)[:-1])} or {_OF_RUN[-1]}, got {name!r}; see raylign --help")
+
+
+def _parse_recipe(name: str, rest: list[str]) -> Command:
     from pipeline.config import load, recipe_path
 
-    name, rest = arguments[0], list(arguments[1:])
-    if name not in ("quickstart", "train", "plan"):
-        raise ValueError(f"command: must be quickstart, train or plan, got {name!r}; see raylign --help")
     recipe = "quickstart"
     if name != "quickstart":
         if not rest or rest[0].startswith("-"):
             raise ValueError(f"recipe: `raylign {name}` needs one, a TOML file or one of {', '.join(_bundled())}")
         recipe = rest.pop(0)
     program = "raylign quickstart" if name == "quickstart" else f"raylign {name} {recipe}"
-    parser = argparse.ArgumentParser(prog=program, usage=f"{program} [--run-dir DIR] [--section.field value ...]", add_help=False, allow_abbrev=False)
+    parser = _parser(program, "[--run-dir DIR] [--section.field value ...]")
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--algorithm.name", dest="algorithm", default="")  # decides which other settings there are
     known, overrides = parser.parse_known_args(rest)
     path = recipe_path(recipe)
     return Command(name=name, recipe=path.stem, run_dir=known.run_dir, config=_override(load(path, known.algorithm), overrides, program))
+
+
+def _parse_run(name: str, rest: list[str]) -> Command:
+    from pipeline.config import load
+
+    if not rest or rest[0].startswith("-"):
+        raise ValueError(f"RUN_DIR: `raylign {name}` needs one, the folder of a run")
+    run_dir, program = Path(rest.pop(0)), f"raylign {name} RUN_DIR"
+    recipe = run_dir / "config.toml"
+    if not recipe.is_file():
+        raise ValueError(f"RUN_DIR: must be the folder of a run, got {run_dir}, which has no config.toml; `raylign train RECIPE` makes one")
+    if name == "resume":
+        parser = _parser(program, "[--allow-change KEY ...] [--section.field value ...]")
+        parser.add_argument("--allow-change", nargs="+", action="extend", default=[])
+        known, overrides = parser.parse_known_args(rest)
+        return Command(name=name, run_dir=run_dir, config=_override(load(recipe), overrides, program), allowed=tuple(known.allow_change))
+    parser = _parser(program, "--step N" if name == "replay" else "")
+    if name == "replay":
+        parser.add_argument("--step", type=int, required=True)
+    return Command(name=name, run_dir=run_dir, config=load(recipe), step=getattr(parser.parse_args(rest), "step", 0))
+
+
+def _parser(program: str, usage: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=program, usage=f"{program} {usage}", add_help=False, allow_abbrev=False)
 
 
 def run(command: Command) -> int:
@@ -94,22 +134,59 @@ def run(command: Command) -> int:
     console = Console()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        if command.name == "plan":
-            from pipeline.plan import show
-
-            show(command.config, console)
-            return 0
-        run_dir = _run_dir(command)
-        from pipeline.run import train
-
-        train(command.config, run_dir, console)
+        return _carry_out(command, console)
     except (ValueError, RunError) as error:
         print(f"raylign: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("raylign: interrupted", file=sys.stderr)
         return 130
+
+
+def _carry_out(command: Command, console: Console) -> int:
+    match command.name:
+        case "plan":
+            from pipeline.plan import show
+
+            show(command.config, console)
+        case "ledger":
+            from pipeline.observe.account import show_account
+
+            show_account(_given(command), command.config, console)
+        case "replay":
+            from pipeline.replay import replay
+
+            return 0 if replay(command.config, _given(command), command.step, console) else 1
+        case _:
+            return _train(command, console)
     return 0
+
+
+def _train(command: Command, console: Console) -> int:
+    """A new run, or an old one further. Whatever ends it early, what is committed stays, and the last words say how to go on."""
+    run_dir = _run_dir(command)
+    from cluster.faults import RunError
+    from pipeline.run import resume, train
+    from pipeline.stopping import Stopped
+
+    again = f"raylign resume {run_dir}"
+    try:
+        if command.name == "resume":
+            resume(command.config, run_dir, command.allowed, console)
+        else:
+            train(command.config, run_dir, console)
+    except Stopped as stopped:
+        print(f"raylign: {stopped}; to go on: {again}", file=sys.stderr)
+        return 128 + stopped.number
+    except RunError as error:
+        print(f"raylign: {error}\nWhat is committed is kept in {run_dir}; to go on from there: {again}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _given(command: Command) -> Path:
+    assert command.run_dir is not None
+    return command.run_dir.absolute()
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -121,18 +198,40 @@ def _override(config: RunConfig, overrides: list[str], program: str) -> RunConfi
     if not overrides:
         return config
     import tyro
+    from pydantic import ValidationError
 
-    from pipeline.config import RunConfig, check
+    from pipeline.config import RunConfig, check, explain
 
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    return check(tyro.cli(RunConfig, default=config, args=overrides, prog=program, config=settings, registry=_toml_booleans()))
+    given = tyro.cli(RunConfig, default=config, args=overrides, prog=program, config=settings, registry=_as_in_a_recipe())
+    try:
+        return check(RunConfig.model_validate(given.model_dump(warnings=False)))
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
 
 
-def _toml_booleans() -> ConstructorRegistry:
-    """true and false, as in a recipe; tyro's own are Python's True and False."""
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+def _as_in_a_recipe() -> ConstructorRegistry:
+    """Booleans are true and false, where tyro's own are True and False; and sections are put together unchecked, to be checked as a recipe is."""
+    from tyro import MISSING
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+    from cluster.config import Config
 
     registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def section(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not (isinstance(info.type, type) and issubclass(info.type, Config)):
+            return None
+        kind, hints = info.type, get_type_hints(info.type, include_extras=True)
+
+        def unchecked(**values: Any) -> Config:
+            return kind.model_construct(**values)
+
+        unchecked.__doc__ = kind.__doc__  # what --help says of the section
+        fields = [(name, field.description) for name, field in kind.model_fields.items()]
+        given = [StructFieldSpec(name=name, type=hints[name], default=getattr(info.default, name, MISSING), helptext=text) for name, text in fields]
+        return StructConstructorSpec(instantiate=unchecked, fields=tuple(given))
 
     @registry.primitive_rule
     def boolean(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
@@ -154,8 +253,8 @@ def _run_dir(command: Command) -> Path:
     """The run folder, absolute. Under a Ray job a relative one would lie in Ray's package folder and vanish with it."""
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray for the entrypoint of a job
     if in_job and (command.run_dir is None or not command.run_dir.is_absolute()):
-        given = command.run_dir or "none"
-        raise ValueError(f"--run-dir: must be an absolute path in a Ray job, got {given}; a relative one would lie in Ray's own package folder")
+        given, name = command.run_dir or "none", "RUN_DIR" if command.name == "resume" else "--run-dir"
+        raise ValueError(f"{name}: must be an absolute path in a Ray job, got {given}; a relative one would lie in Ray's own package folder")
     return (command.run_dir or Path("runs") / f"{command.recipe}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
 
 

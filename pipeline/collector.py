@@ -52,6 +52,11 @@ class Collector:
         self.weights = weights
         self._fill()
 
+    def reissue(self, weights: PublishedWeights) -> None:
+        """Generate again what was in flight when the commit was made that the run was taken back to: same samples, same seeds."""
+        for chunk in list(self.ledger.open.values()):
+            self._generate(chunk, weights)
+
     def _fill(self) -> None:
         """Fresh prompts for every group that is neither in flight nor ready: at the start of a step all of them, later those that were spoiled."""
         assert self.weights is not None
@@ -85,6 +90,7 @@ class Collector:
                 phase=f"generating chunk {chunk.number}",
                 send=send,
                 on_done=done,
+                on_retry=lambda: self.ledger.retried(chunk.number),
                 timeout_s=self.config.cluster.call_timeout_s,
             )
         )

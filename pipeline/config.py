@@ -6,7 +6,9 @@ Torch-free and Ray-free.
 
 from __future__ import annotations
 
+import math
 import tomllib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -107,6 +109,12 @@ class RunConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Seed of everything random in the run."""
 
+    commit_every: int = Field(default=10, ge=1)
+    """Steps from one commit to the next: what is lost at most, and done again, when the run breaks off. The last step and a stop are committed, too."""
+
+    keep_commits: int = Field(default=2, ge=2)
+    """Commits that are kept; older ones are removed once a new one is on the disk. At least two, so that a damaged one is not the only one."""
+
     model: ModelConfig = ModelConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     batch: BatchConfig = BatchConfig()
@@ -123,9 +131,27 @@ class RunConfig(Config):
 
 def check(config: RunConfig) -> RunConfig:
     """The configuration, if its fields go together. Raises ValueError for a combination that no single field can judge."""
-    for rule in (_batch_rules, _algorithm_rules, _sampling_rules, _model_rules, _device_rules):
+    for rule in (_number_rules, _batch_rules, _algorithm_rules, _sampling_rules, _model_rules, _learner_rules):
         rule(config)
     return config
+
+
+def _number_rules(config: RunConfig) -> None:
+    for key, value in _numbers(config.model_dump()):
+        if not math.isfinite(value):
+            raise ValueError(f"{key}: must be a finite number, got {value}; where it is a limit, give a large one")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(key, value) of every number in a configuration."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _numbers(part, f"{key}.{name}" if key else name)
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _numbers(part, key)
+    elif isinstance(value, float):
+        yield key, value
 
 
 def _batch_rules(config: RunConfig) -> None:
@@ -179,9 +205,11 @@ def _model_rules(config: RunConfig) -> None:
             raise ValueError("finetune.epochs: must be >= 1 when model.path is empty, got 0; a new model knows no text, so give model.path or fine-tune first")
 
 
-def _device_rules(config: RunConfig) -> None:
+def _learner_rules(config: RunConfig) -> None:
     learners = {"policy": config.policy, "critic": config.critic, "finetune.learner": config.finetune.learner}
     for name, learner in learners.items():
+        if not all(0 <= beta < 1 for beta in learner.betas):
+            raise ValueError(f"{name}.betas: must be >= 0 and < 1, got {learner.betas}; they are AdamW's decay rates, such as (0.9, 0.95)")
         if learner.ranks > 1 and learner.gpus not in (0, 1):
             raise ValueError(f"{name}.gpus: must be 0 or 1 when there are several ranks, got {learner.gpus:g}; each rank needs a GPU of its own")
     gpus = {name: learner.gpus for name, learner in learners.items()} | {"rollout": config.rollout.gpus, "reward": config.reward.gpus}

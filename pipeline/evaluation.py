@@ -6,6 +6,7 @@ randomness is its own and identical before and after.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -47,6 +48,17 @@ class Report:
     kl: float
     distinct_2: float
     response_tokens: float
+
+    def to_text(self) -> str:
+        """As JSON, every number to the bit."""
+        return json.dumps(asdict(self) | {"rewards": [_number(reward) for reward in self.rewards.tolist()], "kl": _number(self.kl)})
+
+    @classmethod
+    def from_text(cls, text: str) -> Report:
+        """What `to_text` gave."""
+        record = json.loads(text)
+        rewards = np.array([np.nan if reward is None else reward for reward in record["rewards"]], np.float64)
+        return cls(**record | {"rewards": rewards, "kl": np.nan if record["kl"] is None else record["kl"]})
 
     @property
     def prompt_rewards(self) -> npt.NDArray[np.float64]:

@@ -49,6 +49,8 @@ def show(config: RunConfig, console: Console) -> None:
     if shape:
         total = sum(_memory(config, slot.role, shape) / 1e9 + PROCESS_GB for slot in placement.slots)
         lines.append(f"model {shape.parameters / 1e6:.1f} M parameters, context {shape.context}; about {total:.1f} GB in all")
+        disk = _commit_bytes(config, shape.parameters) / 1e6
+        lines.append(f"a commit every {config.commit_every} steps, at most {disk:,.0f} MB; {config.keep_commits} are kept, and one more while it is written")
     else:
         lines.append(f"model {config.model.path}: neither a folder here nor reachable, so its size is not known")
     for line in (*lines, _arithmetic(config)):
@@ -96,6 +98,11 @@ def _memory(config: RunConfig, role: str, shape: Shape) -> float:
         tokens = config.batch.max_prompt_tokens + config.sampling.max_new_tokens
         return width * (shape.parameters + 2 * config.rollout.slots * tokens * shape.layers * shape.kv_width)
     return _BYTES[config.reference.dtype] * shape.parameters if role == "reference" else 0.0
+
+
+def _commit_bytes(config: RunConfig, parameters: int) -> float:
+    """Weights and two moments in float32 of each learner; of heads alone it is less."""
+    return 12.0 * parameters * (2 if config.algorithm.needs_critic else 1)
 
 
 def _learner_bytes(learner: LearnerConfig, parameters: int) -> float:

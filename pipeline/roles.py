@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.events import Pump
@@ -29,21 +29,38 @@ class Roles:
     critic: Gang | None
     policy: Gang
     assembler: Pool
+    models: dict[str, str] = field(default_factory=dict)
+    """Of each gang, the checksum of the model it was started with."""
+
+    @property
+    def gangs(self) -> dict[str, Gang]:
+        """The learners, by role."""
+        return {gang.role: gang for gang in (self.policy, self.critic) if gang is not None}
+
+    @property
+    def pools(self) -> list[Pool]:
+        return [pool for pool in (self.rollout, self.reward, self.reference, self.assembler) if pool is not None]
 
     def start(self) -> None:
         """Start every process side by side and wait until all are ready."""
-        for role in self._all():
-            role.start()
-        for role in self._all():
-            role.connect() if isinstance(role, Gang) else role.wait_ready()
+        for pool in self.pools:
+            pool.start()
+        self.start_gangs()
+        for pool in self.pools:
+            pool.wait_ready()
+
+    def start_gangs(self) -> None:
+        """The learners alone, side by side."""
+        for gang in self.gangs.values():
+            gang.start()
+        for name, gang in self.gangs.items():
+            self.models[name] = gang.connect()[0].checksum
 
     def close(self) -> None:
-        for role in self._all():
-            role.close()
-
-    def _all(self) -> list[Pool | Gang]:
-        roles = (self.policy, self.critic, self.rollout, self.reward, self.reference, self.assembler)
-        return [role for role in roles if role is not None]
+        for gang in self.gangs.values():
+            gang.close()
+        for pool in self.pools:
+            pool.close()
 
 
 def demands(config: RunConfig) -> list[RoleDemand]:
@@ -110,7 +127,7 @@ class Stage:
 
     def gang(self, role: str, ranks: int, config: RunConfig, cls: type, /, **arguments: Any) -> Gang:
         def spawn(rank: int) -> Any:
-            return self.placed.spawn(cls, role, rank, rank=rank, ranks=ranks, timeout_s=config.cluster.call_timeout_s, **arguments)
+            return self.placed.spawn(cls, role, rank, rank=rank, ranks=ranks, timeout_s=config.cluster.peer_timeout_s, **arguments)
 
         return Gang(role, spawn, ranks, self.pump, config.cluster, self.fingerprint)
 

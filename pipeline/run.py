@@ -1,37 +1,52 @@
-"""A whole run: fine-tune where the recipe asks for it, reinforce, compare, export. What `train` and `quickstart` do.
+"""A whole run: fine-tune where the recipe asks for it, reinforce, compare, export. What `train`, `quickstart` and `resume` do.
 
-recipe --finetune--> finetuned/ --start_roles--> Driver.run --export--> policy/
+recipe --finetune--> finetuned/ --start_roles--> Driver.run --> policy/
                                    `-- evaluate before ... after --> evaluation.json
+
+Each part leaves a file when it is done, and a run that goes on begins with the first that is missing: finetuned.json, evaluation-before.json,
+commits, evaluation.json.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from actors.reward import load_function
 from cluster.events import Pump
 from cluster.faults import RunError
 from cluster.placement import RoleDemand
 from cluster.session import Session
+from cluster.storage import Folder
+from pipeline.changes import check_changes
+from pipeline.checkpoint import Checkpoints, Commit
 from pipeline.config import RunConfig, check, save
 from pipeline.driver import Driver
-from pipeline.evaluation import Comparison, Evaluator, compare, heldout_groups
+from pipeline.evaluation import Comparison, Evaluator, Report, compare, heldout_groups
+from pipeline.observe.journal import Journal
 from pipeline.observe.observer import Observer
 from pipeline.observe.progress import Progress
 from pipeline.observe.summary import show
+from pipeline.prompts import Asked, asked
 from pipeline.roles import Stage, declare_roles, demands, place
+from pipeline.run_folder import RunFolder
 from pipeline.stages.finetune import Finetuned, finetune
-from pipeline.tasks.task import PromptStream, Task, load_task
+from pipeline.tasks.task import Task, load_task
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("cluster", "actors", "pipeline")
+_FINETUNED, _BEFORE = "finetuned.json", "evaluation-before.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,41 +59,87 @@ class Result:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A start of a run: what it is to do, where, and from which commit."""
+
+    config: RunConfig
+    task: Task
+    asked: Asked | None  # None: the model is still to be made
+    folder: RunFolder
+    commit: Commit | None
+    progress: Progress
+
+
 def train(config: RunConfig, run_dir: Path, console: Console) -> Result:
     """Run a recipe from the beginning.
 
-    Raises ValueError for what is wrong with the recipe, before Ray starts; RunError for what fails on the way, with the
-    traceback in `log/driver.log`.
+    Raises ValueError for what is wrong with the recipe or its data, before Ray starts; RunError for what fails on the way, with the
+    traceback in `log/driver.log`; Stopped when a signal asked for it.
     """
-    started = time.monotonic()
     config = resolve(check(config))
+    task, known = _preflight(config)
+    with RunFolder.create(run_dir, config) as folder:
+        return _carry_out(config, task, known, folder, None, console)
+
+
+def resume(config: RunConfig, run_dir: Path, allowed: Collection[str], console: Console) -> Result | None:
+    """Go on with a run from its last whole commit, with the settings it was begun with but for those `allowed` to change; None if it is finished.
+
+    Raises as `train` does, and ValueError when the folder holds no run, is in use, or other settings differ.
+    """
+    with RunFolder.open(run_dir) as folder:
+        if folder.is_finished:
+            console.print(Text(f"this run is finished: {config.steps} steps; the aligned model is {run_dir / 'policy'}"), soft_wrap=True)
+            return None
+
+        def say(line: str) -> None:
+            console.print(Text(line), soft_wrap=True)
+
+        for line in check_changes(folder.history[-1].config, check(config), allowed):
+            say(f"changed: {line}")
+        task, known = _preflight(config)
+        commit = Checkpoints(folder, config.keep_commits).latest(say)
+        for library, before in folder.history[-1].versions.items():
+            if before != (now := metadata.version(library)):
+                say(f"{library} is {now}, it was {before}: the run goes on, but no longer to the bit")
+        step = commit.state.step if commit else 0
+        folder.begin(config, from_step=step)
+        save(config, run_dir / "config.toml")
+        say(f"resumed from {f'commit {commit.name}' if commit else 'the beginning, since nothing was committed'}")
+        return _carry_out(config, task, known, folder, commit, console)
+
+
+def _preflight(config: RunConfig) -> tuple[Task, Asked | None]:
+    """The task, and its prompts if the model is there already. Raises ValueError for what cannot work, while nothing is started."""
     task = load_task(config.task)
     if not config.reward.model:
         load_function(config.reward.function or task.reward)
-    _make(run_dir, config)
-    with Progress(console) as progress, _told(run_dir, progress):
+    return task, asked(config, task, config.model.path) if config.model.path else None
+
+
+def _carry_out(config: RunConfig, task: Task, known: Asked | None, folder: RunFolder, commit: Commit | None, console: Console) -> Result:
+    started = time.monotonic()
+    run_dir = folder.path
+    with Journal(run_dir / "log"), Progress(console) as progress, _named(progress):
+        log.info("epoch %d begins at step %d, process %d", folder.epoch, folder.history[-1].from_step, folder.history[-1].pid)
+        run = _Run(config=config, task=task, asked=known, folder=folder, commit=commit, progress=progress)
         with Session(config.cluster, run_dir / "log", packages=PACKAGES, local_cpus=_cpus(config)) as session:
             session.preflight(place(config, demands(config)))  # before fine-tuning, not after it
-            finetuned = _finetune(config, session, run_dir, progress) if config.finetune.epochs else None
-            model = str(finetuned.folder) if finetuned else config.model.path
-            comparison = _reinforce(config, session, run_dir, progress, task, model)
-        record = comparison.record(len(comparison.before.prompts))
-        (run_dir / "evaluation.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            finetuned = _finetune(run, session) if config.finetune.epochs else None
+            comparison = _reinforce(run, session, str(finetuned.folder) if finetuned else config.model.path)
+        folder.finish(json.dumps(comparison.record(len(comparison.before.prompts)), indent=1))
     result = Result(run_dir=run_dir, finetuned=finetuned, comparison=comparison, seconds=time.monotonic() - started)
     show(result, config, console)
     return result
 
 
 @contextmanager
-def _told(run_dir: Path, progress: Progress) -> Iterator[None]:
-    """Whatever goes wrong inside becomes an error that names its phase; the traceback goes to the log."""
+def _named(progress: Progress) -> Iterator[None]:
+    """Whatever goes wrong inside becomes an error that names its phase."""
     try:
         yield
-    except (RunError, ValueError, OSError) as error:
-        with suppress(OSError):  # the disk may be what is full
-            (run_dir / "log" / "driver.log").write_text(traceback.format_exc(), encoding="utf-8")
-        if isinstance(error, RunError):
-            raise
+    except (ValueError, OSError) as error:
         raise RunError("driver", progress.name, str(error)) from error
 
 
@@ -99,48 +160,43 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if path and Path(path).is_dir() else path
 
 
-def _finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progress) -> Finetuned:
-    progress.stage("start fine-tuning", 1)
+def _finetune(run: _Run, session: Session) -> Finetuned:
+    """The fine-tuned model: the one that an earlier start has finished, or made now, from its beginning."""
+    config, run_dir = run.config, run.folder.path
+    done = Folder(run_dir)
+    if done.exists(_FINETUNED):
+        record = json.loads(done.read_text(_FINETUNED))
+        return Finetuned(folder=run_dir / "finetuned", perplexity_before=record["perplexity_before"], perplexity=record["perplexity"])
+    shutil.rmtree(run_dir / "finetuned", ignore_errors=True)
+    run.progress.stage("start fine-tuning", 1)
     learner = config.finetune.learner
     placed = session.place(place(config, [RoleDemand(role="policy", workers=learner.ranks, gpus=learner.gpus)]))
     stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
     try:
-        return finetune(config, stage, run_dir, progress)
+        finetuned = finetune(config, stage, run_dir, run.progress)
     finally:
         placed.remove()
+    done.write_text(_FINETUNED, json.dumps(asdict(finetuned) | {"folder": "finetuned"}))
+    return finetuned
 
 
-def _reinforce(config: RunConfig, session: Session, run_dir: Path, progress: Progress, task: Task, model: str) -> Comparison:
-    from actors.model import context_of, load_tokenizer
-
+def _reinforce(run: _Run, session: Session, model: str) -> Comparison:
+    config, folder, progress = run.config, run.folder, run.progress
     progress.stage("start actors", 1)
-    tokenizer, context = load_tokenizer(model), context_of(model)
-
-    def stream(split: str, seed: int) -> PromptStream:
-        return PromptStream(
-            task.prompts(split),  # type: ignore[arg-type]
-            tokenizer,
-            seed=seed,
-            max_prompt_tokens=config.batch.max_prompt_tokens,
-            context=context,
-            max_new_tokens=config.sampling.max_new_tokens,
-        )
-
-    prompts, heldout = stream("train", config.seed), stream("heldout", 0)
+    prompts = run.asked or asked(config, run.task, model)
     placed = session.place(place(config, demands(config)))
     stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
-    roles = declare_roles(config, stage, model, task.reward)
+    roles = declare_roles(config, stage, model, run.task.reward)
     try:
-        with Observer(run_dir, progress) as observer:
+        with Observer(folder.path, progress) as observer:
             roles.start()
-            driver = Driver(config, run_dir, roles, stage, prompts, observer)
-            chosen = heldout.draw(heldout_groups(config.evaluation.prompts, len(heldout)))
-            evaluator = Evaluator(config, roles, stage, tokenizer, chosen)
-            progress.stage("evaluate before", 1)
-            before = evaluator.evaluate(driver.weights)
+            driver = Driver(config, folder, roles, stage, prompts.train, observer)
+            chosen = prompts.heldout.draw(heldout_groups(config.evaluation.prompts, len(prompts.heldout)))
+            evaluator = Evaluator(config, roles, stage, prompts.tokenizer, chosen)
+            before = _evaluate_before(run, evaluator, driver)
             progress.stage("reinforce", config.steps)
-            driver.run()
-            driver.export(run_dir / "policy")
+            driver.restore(run.commit)
+            driver.run(folder.path / "policy")
             progress.stage("evaluate after", 1)
             after = evaluator.evaluate(driver.weights)
     finally:
@@ -149,16 +205,14 @@ def _reinforce(config: RunConfig, session: Session, run_dir: Path, progress: Pro
     return compare(before, after, config.seed)
 
 
+def _evaluate_before(run: _Run, evaluator: Evaluator, driver: Driver) -> Report:
+    """The policy as it began, on held-out prompts: done once in a run's life, while the learners still hold it."""
+    done = Folder(run.folder.path)
+    if not done.exists(_BEFORE):
+        run.progress.stage("evaluate before", 1)
+        done.write_text(_BEFORE, evaluator.evaluate(driver.weights).to_text())
+    return Report.from_text(done.read_text(_BEFORE))
+
+
 def _cpus(config: RunConfig) -> int:
     return max(place(config, demands(config)).cpus, config.cluster.cpus_per_bundle * config.finetune.learner.ranks)
-
-
-def _make(run_dir: Path, config: RunConfig) -> None:
-    """The run folder, with the resolved recipe in it."""
-    try:
-        if run_dir.exists() and any(run_dir.iterdir()):
-            raise ValueError(f"--run-dir: must be a new or empty folder, got {run_dir}; choose another, nothing in it was touched")
-        (run_dir / "log").mkdir(parents=True, exist_ok=True)
-        save(config, run_dir / "config.toml")
-    except OSError as error:
-        raise ValueError(f"--run-dir: must be a folder that can be written, got {run_dir}: {error.strerror}") from error

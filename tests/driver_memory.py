@@ -35,7 +35,7 @@ class Fetching(Driver):
 
 def run(session: Session, folder: Path, length: int) -> float:
     with fake_driver(session, config(prompts=1000, chunk=500, steps=2), folder, length=length) as driver:
-        driver.run()
+        driver.run(folder / "policy")
     return peak_mb()
 
 

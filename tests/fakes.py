@@ -15,10 +15,11 @@ import pyarrow as pa
 
 from actors import ragged
 from actors.experience import Prompts, Rollouts, Scores
-from actors.learner import LearnerReady, UpdatePlan, UpdateReport
+from actors.learner import LearnerReady, ShardReport, UpdatePlan, UpdateReport
 from actors.reward import RewardReport
 from actors.rollout import RolloutReport
 from actors.weights import Manifest
+from cluster.storage import Folder
 
 
 def rollouts(sample_ids: np.ndarray[Any, Any], group_size: int, length: int, version: int) -> Rollouts:
@@ -75,14 +76,14 @@ class FakeRollout:
 
 
 class FakeReward:
-    """Scores sample s with s % 5. fail: sample ids that never get a reward. hang_at: as FakeRollout.die_at, but it sleeps."""
+    """Scores sample s with s % 5. fail: sample ids that never get a reward. hang_at: as FakeRollout.die_at, but it sleeps, over chunk hang_chunk."""
 
-    def __init__(self, fail: tuple[int, ...] = (), hang_at: str = "") -> None:
+    def __init__(self, fail: tuple[int, ...] = (), hang_at: str = "", hang_chunk: int = 1) -> None:
         self.fail = fail
-        self.hang_at = hang_at
+        self.hang_at, self.hang_chunk = hang_at, hang_chunk
 
     def score(self, table: pa.Table, chunk: int, attempt: int) -> tuple[RewardReport, pa.Table]:
-        if self.hang_at and chunk == 1 and _once(self.hang_at):
+        if self.hang_at and chunk == self.hang_chunk and _once(self.hang_at):
             time.sleep(600)
         ids = Rollouts(table).table["sample_id"].to_numpy()
         ok = ~np.isin(ids, self.fail)
@@ -103,15 +104,22 @@ class FakeReward:
 
 
 class FakeLearner:
-    """Takes experience and learns nothing; writes down which samples it was given."""
+    """Takes experience and learns nothing; writes down which samples it was given. It dies at step die_step: once when die_at names a file, else every time."""
 
-    def __init__(self, rank: int, ranks: int, seen: str, timeout_s: float) -> None:
+    def __init__(self, rank: int, ranks: int, seen: str, timeout_s: float, die_at: str = "", die_step: int = -1, model: str = "") -> None:
         self.seen = Path(seen)
+        self.die_at, self.die_step = die_at, die_step
+        self.model = model
+        self.steps = 0
 
     def connect(self, address: str, port: int) -> LearnerReady:
-        return LearnerReady(parameters=1, trainable=1, device="cpu", dtype="float32", context=64)
+        return LearnerReady(parameters=1, trainable=1, device="cpu", dtype="float32", context=64, checksum=self.model)
 
     def update(self, experience: pa.Table, plan: UpdatePlan) -> UpdateReport:
+        if plan.step == self.die_step and (not self.die_at or _once(self.die_at)):
+            os._exit(1)
+        assert plan.step == self.steps, f"asked to learn step {plan.step} after {self.steps} steps"
+        self.steps += 1
         with self.seen.open("a") as file:
             file.write("".join(f"{s}\n" for s in experience["sample_id"].to_pylist()))
         return UpdateReport(
@@ -121,3 +129,14 @@ class FakeLearner:
 
     def publish(self, version: int, dtype: str) -> tuple[Manifest, None]:
         return Manifest(names=(), shapes=(), dtype="float32", offsets=(), checksum=f"version {version}"), None
+
+    def save(self, folder: str) -> ShardReport:
+        """Its whole state is how many steps it has learned."""
+        return ShardReport(file=Folder(folder).write_file("rank-0.safetensors", lambda path: path.write_text(str(self.steps))), seconds=0.0)
+
+    def restore(self, folder: str, files: list[str]) -> None:
+        self.steps = int(Folder(folder).read_text(files[0]))
+
+    def export(self, folder: str) -> None:
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "config.json").write_text(str(self.steps))

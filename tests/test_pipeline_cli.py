@@ -72,7 +72,7 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fly"], "command: must be quickstart, train or plan, got 'fly'; see raylign --help"),
+        (["fly"], "command: must be quickstart, train, plan, resume, ledger or replay, got 'fly'; see raylign --help"),
         (["train"], f"recipe: `raylign train` needs one, a TOML file or one of {RECIPES}"),
         (["plan", "--steps", "3"], f"recipe: `raylign plan` needs one, a TOML file or one of {RECIPES}"),
         (["train", "walk"], f"recipe: must be a TOML file or one of {RECIPES.split(', ')}, got 'walk'"),
@@ -108,8 +108,8 @@ def test_an_unknown_override_suggests_the_right_key(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--steps", "many"], ["--steps", "invalid literal for int() with base 10: 'many'"]),
-        (["--steps", "0"], ["steps", "greater than or equal to 1", "input_value=0"]),
-        (["--algorithm.lam", "2"], ["algorithm", "lam", "less than or equal to 1", "input_value=2.0"]),
+        (["--steps", "0"], ["raylign: steps: input should be greater than or equal to 1, got 0\n"]),
+        (["--algorithm.lam", "2"], ["raylign: algorithm.lam: input should be less than or equal to 1, got 2.0\n"]),
         (["--policy.zero-stage", "4"], ["--policy.zero-stage", "invalid choice", "'4'", "'3')"]),
         (["--cluster.share-devices", "maybe"], ["--cluster.share-devices", "invalid choice", "'maybe'", "('true', 'false')"]),
         (["--algorithm.name", "reinforce", "--algorithm.lam", "1"], ["Unrecognized options: --algorithm.lam"]),

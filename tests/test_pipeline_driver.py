@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,13 @@ import pytest
 from actors.experience import Experience
 from cluster.faults import RunError
 from cluster.session import Session
+from cluster.storage import Folder
 from driver_setup import config, fake_driver
 from pipeline.config import RunConfig
+from pipeline.driver import Driver
+from pipeline.observe.metrics import StepMetrics
+from pipeline.run_folder import read_history
+from pipeline.stopping import Stopped
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +39,7 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def test_every_sample_is_trained_once_in_order(ray_session: Session, tmp_path: Path) -> None:
     with fake_driver(ray_session, config(), tmp_path) as driver:
-        driver.run()
+        driver.run(tmp_path / "policy")
     assert trained(tmp_path) == list(range(36))
     steps = metrics(tmp_path)
     assert [m["version"] for m in steps] == [1, 2, 3]
@@ -46,10 +54,11 @@ def test_every_sample_is_trained_once_in_order(ray_session: Session, tmp_path: P
 @pytest.mark.slow
 def test_a_dead_rollout_worker_is_replaced_and_nothing_changes(ray_session: Session, tmp_path: Path) -> None:
     with fake_driver(ray_session, config(), tmp_path / "quiet") as driver:
-        driver.run()
+        driver.run(tmp_path / "policy")
     with fake_driver(ray_session, config(), tmp_path / "killed", die_at=str(tmp_path / "died")) as driver:
-        driver.run()
+        driver.run(tmp_path / "policy")
         assert driver.roles.rollout.replaced == 1
+        assert driver.ledger.account().reissued == 4, "the chunk that was given to another worker"
     assert (tmp_path / "died").exists()
     assert trained(tmp_path / "killed") == trained(tmp_path / "quiet")
     for step in range(3):
@@ -60,14 +69,14 @@ def test_a_dead_rollout_worker_is_replaced_and_nothing_changes(ray_session: Sess
 @pytest.mark.slow
 def test_a_hanging_reward_worker_is_expired_and_replaced(ray_session: Session, tmp_path: Path) -> None:
     with fake_driver(ray_session, config(call_timeout_s=5), tmp_path, hang_at=str(tmp_path / "hung")) as driver:
-        driver.run()
+        driver.run(tmp_path / "policy")
         assert driver.roles.reward.replaced == 1
     assert trained(tmp_path) == list(range(36))
 
 
 def test_a_sample_without_reward_is_quarantined_and_the_step_refilled(ray_session: Session, tmp_path: Path) -> None:
     with fake_driver(ray_session, config(prompts=6, group_size=2, chunk=4, steps=2), tmp_path, fail=(5,)) as driver:
-        driver.run()
+        driver.run(tmp_path / "policy")
         account = driver.ledger.account()
     assert trained(tmp_path) == [0, 1, 2, 3, *range(6, 26)]  # sample 4 went with its group; group 6 came in for it
     assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (26, 24, 1, 1, 0)
@@ -78,7 +87,7 @@ def test_a_sample_without_reward_is_quarantined_and_the_step_refilled(ray_sessio
 @pytest.mark.slow
 def test_too_many_failed_rewards_stop_the_run_by_name(ray_session: Session, tmp_path: Path) -> None:
     with fake_driver(ray_session, config(), tmp_path, fail=tuple(range(36))) as driver, pytest.raises(RunError, match=r"reward.*told to fail") as caught:
-        driver.run()
+        driver.run(tmp_path / "policy")
     assert "reward.max_failed" in str(caught.value)
     assert not (tmp_path / "seen").exists(), "nothing was trained on"
 
@@ -91,7 +100,7 @@ def test_a_step_is_the_same_for_every_chunk_order(ray_session: Session, tmp_path
         run: RunConfig = config(steps=1)
         run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"workers": workers})})
         with fake_driver(ray_session, run, tmp_path / str(workers)) as driver:
-            driver.run()
+            driver.run(tmp_path / "policy")
         tables.append(Experience.read(tmp_path / str(workers) / "experience" / "step=0" / "experience.parquet").table)
     assert tables[0].equals(tables[1])
 
@@ -108,3 +117,103 @@ def test_no_token_passes_through_the_driver(tmp_path: Path) -> None:
     growth, control = float(words[1]), float(words[3])
     assert growth < 50, out.stdout
     assert control > 50, f"the measurement would not notice: {out.stdout}"
+
+
+def steps_of(run_dir: Path) -> list[float]:
+    return [m["step"] for m in metrics(run_dir)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("die_step", "seen"), [(3, [0, 1, 2, 2, 3, 4, 5]), (1, [0, 0, 1, 2, 3, 4, 5])])
+def test_a_lost_learner_is_rebuilt_and_the_run_goes_on_from_the_last_commit(ray_session: Session, tmp_path: Path, die_step: int, seen: list[int]) -> None:
+    """Commits after steps 2, 4, 6; at step 1 there is none, so the run begins anew. Pool workers live on, the account balances."""
+    run_dir = tmp_path / "run"
+    learner = {"die_at": str(tmp_path / "died"), "die_step": die_step}
+    with fake_driver(ray_session, config(steps=6, commit_every=2), run_dir, learner=learner) as driver:
+        before = [worker.pid for worker in driver.roles.rollout.workers]
+        driver.run(run_dir / "policy")
+        assert [worker.pid for worker in driver.roles.rollout.workers] == before
+        account = driver.ledger.check()
+    assert trained(run_dir) == [sample for step in seen for sample in range(12 * step, 12 * step + 12)]
+    assert steps_of(run_dir) == [0, 1, 2, 3, 4, 5], "the metrics of steps undone are replaced"
+    assert (account.issued, account.trained, account.reissued) == (72, 72, 0)
+    assert (run_dir / "policy" / "config.json").read_text() == "6"
+
+
+@pytest.mark.slow
+def test_a_learner_that_dies_again_and_again_stops_the_run_by_name(ray_session: Session, tmp_path: Path) -> None:
+    run = config(steps=6, commit_every=2, max_rebuilds=2)
+    with fake_driver(ray_session, run, tmp_path / "run", learner={"die_step": 3}) as driver, pytest.raises(RunError) as caught:
+        driver.run(tmp_path / "run" / "policy")
+    assert (caught.value.who, caught.value.phase) == ("policy[0]", "update")
+    assert "taken back 2 times in a row without a new commit (cluster.max_rebuilds = 2)" in str(caught.value)
+
+
+def after_step(driver: Driver, step: int, act: Callable[[], object]) -> None:
+    """Have `act` called once the metrics of a step are written."""
+    write = driver.observer.step
+
+    def written(metrics: StepMetrics) -> None:
+        write(metrics)
+        if metrics.step == step:
+            act()
+
+    driver.observer.step = written  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_stop_commits_and_the_run_goes_on_as_if_nothing_had_been(ray_session: Session, tmp_path: Path) -> None:
+    run_dir, run = tmp_path / "run", config(steps=5)
+    with fake_driver(ray_session, run, run_dir) as driver:
+        after_step(driver, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped) as stopped:
+            driver.run(run_dir / "policy")
+    assert (stopped.value.number, stopped.value.step) == (signal.SIGTERM, 3)
+    with fake_driver(ray_session, run, run_dir) as driver:
+        assert driver.state.step == 3
+        driver.run(run_dir / "policy")
+    assert trained(run_dir) == list(range(60))
+    assert steps_of(run_dir) == [0, 1, 2, 3, 4]
+    assert [m["version"] for m in metrics(run_dir)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_a_stop_does_not_wait_for_rollouts(ray_session: Session, tmp_path: Path) -> None:
+    """A reward that hangs in step 1 would take ten minutes; the state after step 0 is committed at once."""
+    run_dir, hung = tmp_path / "run", tmp_path / "hung"
+    with fake_driver(ray_session, config(steps=5), run_dir, hang_at=str(hung), hang_chunk=4) as driver:
+        driver.pump.add_tick(lambda: os.kill(os.getpid(), signal.SIGINT) if hung.exists() and not driver.stop else None, every_s=0.1)
+        started = time.monotonic()
+        with pytest.raises(Stopped) as stopped:
+            driver.run(run_dir / "policy")
+    assert time.monotonic() - started < 60
+    assert (stopped.value.number, stopped.value.step) == (signal.SIGINT, 1)
+    with fake_driver(ray_session, config(steps=5), run_dir) as driver:
+        driver.run(run_dir / "policy")
+    assert trained(run_dir) == list(range(60))
+
+
+def test_a_run_whose_folder_was_taken_over_stops_and_commits_nothing_more(ray_session: Session, tmp_path: Path) -> None:
+    run_dir, run = tmp_path / "run", config(steps=4, commit_every=1)
+
+    def take_over() -> None:
+        history = read_history(run_dir)
+        later = history[-1].model_copy(update={"number": 2, "from_step": 1, "pid": 4711})
+        Folder(run_dir).write_text("history.json", json.dumps([epoch.model_dump() for epoch in (*history, later)]))
+
+    with fake_driver(ray_session, run, run_dir) as driver:
+        after_step(driver, 1, take_over)
+        with pytest.raises(RunError, match=r"process 4711 on .* has taken over"):
+            driver.run(run_dir / "policy")
+    assert Folder(run_dir / "checkpoints").folders() == ["step=00000001-epoch=0001", "step=00000002-epoch=0001"]
+    assert not (run_dir / "checkpoints" / "step=00000002-epoch=0001" / "commit.json").exists()
+
+
+@pytest.mark.slow
+def test_a_commit_is_not_restored_into_another_model(ray_session: Session, tmp_path: Path) -> None:
+    run_dir, run = tmp_path / "run", config(steps=2, commit_every=1)
+    with fake_driver(ray_session, run, run_dir, learner={"model": "one"}) as driver:
+        driver.run(run_dir / "policy")
+    with pytest.raises(RunError, match="the model it starts from is not the one that commit step=00000002-epoch=0001 belongs to"):  # noqa: SIM117
+        with fake_driver(ray_session, run, run_dir, learner={"model": "another"}):
+            pass

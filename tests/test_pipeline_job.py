@@ -66,9 +66,12 @@ def _await(port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: fl
     raise AssertionError(f"no dashboard within {timeout_s} s:\n{log.read_text()[-2000:]}")
 
 
-def submit(environment: dict[str, str], tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(RAY), "job", "submit", "--working-dir", str(tree), "--", sys.executable, "-m", "pipeline", *arguments]
-    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=240)
+def submit(environment: dict[str, str], tree: Path, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return job(environment, "submit", *options, "--working-dir", str(tree), "--", sys.executable, "-m", "pipeline", *arguments)
+
+
+def job(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(RAY), "job", *arguments], env=environment, cwd="/", capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +101,26 @@ def test_a_failing_job_fails(head: dict[str, str], tree: Path, tmp_path: Path) -
     relative = submit(head, tree, "train", "walks", *TINY)
     assert relative.returncode == 1
     assert "--run-dir: must be an absolute path in a Ray job" in relative.stdout
+
+
+@pytest.mark.slow
+def test_a_stopped_job_has_committed_and_another_job_goes_on(head: dict[str, str], tree: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    many = [*TINY, "--steps", "2000", "--commit-every", "3"]
+    begun = submit(head, tree, "train", "walks", *many, "--run-dir", str(run_dir), options=("--no-wait", "--submission-id", "night"))
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    await_words(run_dir / "log" / "driver.log", "committed step=00000003")
+    assert job(head, "stop", "night").returncode == 0
+    await_words(run_dir / "log" / "driver.log", "stopped by SIGTERM")
+    newest = max(int(folder.name[5:13]) for folder in (run_dir / "checkpoints").iterdir() if (folder / "commit.json").is_file())
+    out = submit(head, tree, "resume", str(run_dir), "--steps", str(newest + 2), "--allow-change", "steps")
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-2000:]
+    assert f"resumed from commit step={newest:08d}-epoch=0001" in out.stdout
+    assert f"reinforce {newest + 2}/{newest + 2}" in out.stdout
+
+
+def await_words(file: Path, words: str, timeout_s: float = 120) -> None:
+    until = time.monotonic() + timeout_s
+    while not (file.is_file() and words in file.read_text()):
+        assert time.monotonic() < until, f"no {words!r} in {file} within {timeout_s} s"
+        time.sleep(0.1)

@@ -76,6 +76,7 @@ def metrics(step: int = 0, *, reward: float = 0.5, critic: UpdateReport | None =
         account=ACCOUNT,
         collected=Collected(action_tokens=800, generate_s=0.5),
         seconds={"rollout": 1.0, "learn": 2.0},
+        incidents={"rolled_back": 1.0},
     )
 
 

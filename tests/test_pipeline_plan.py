@@ -128,6 +128,7 @@ def test_memory_of_each_role_at_gpt2_size() -> None:
     assert rows["policy[0]"] == f"{16 * n / 1e9 + PROCESS_GB:.2f} GB"
     total = (16 + 16 + 2) * n / 1e9 + 2 * 64 * 10 * 2 * 12 * 768 / 1e9 + 4 * PROCESS_GB
     assert f"model 124.4 M parameters, context 1024; about {total:.1f} GB in all" in shown(found)
+    assert f"a commit every 10 steps, at most {124.44e6 * 12 * 2 / 1e6:,.0f} MB; 2 are kept" in shown(found), "weights and two moments, of policy and critic"
 
 
 @pytest.mark.parametrize(

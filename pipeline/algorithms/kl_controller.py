@@ -16,8 +16,9 @@ class KLController:
     horizon: int
 
     @classmethod
-    def of(cls, algorithm: Algorithm) -> KLController:
-        return cls(coef=algorithm.kl_coef, target=algorithm.kl_target, horizon=algorithm.kl_horizon)
+    def of(cls, algorithm: Algorithm, coef: float | None = None) -> KLController:
+        """coef: where a run goes on from; None: the start value."""
+        return cls(coef=algorithm.kl_coef if coef is None else coef, target=algorithm.kl_target, horizon=algorithm.kl_horizon)
 
     def update(self, kl: float, rollouts: int) -> KLController:
         """kl: mean KL per rollout of the step, in nats; rollouts: how many there were."""

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from pipeline.ledger import Account
 
 
+def is_repeatable(name: str) -> bool:
+    """Whether a metric is a function of the recipe alone; the others measure time, or what the run went through."""
+    return not name.startswith(("time/", "incident/")) and name != "rollout/tokens_per_second"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
     """What one step did. `values` are grouped by a slash: reward/mean, kl/coef, policy/loss, time/learn, ledger/trained ..."""
@@ -35,8 +40,9 @@ class StepMetrics:
         account: Account,
         collected: Collected,
         seconds: Mapping[str, float],
+        incidents: Mapping[str, float],
     ) -> StepMetrics:
-        """Gather the reports of a step. KL and entropy in nats, times in seconds."""
+        """Gather the reports of a step. KL and entropy in nats, times in seconds; incidents: what the run went through, which no recipe says."""
         total = sum(seconds.values())
         values = {
             "reward/mean": summary.reward_mean,
@@ -57,10 +63,11 @@ class StepMetrics:
             "policy/logprob_gap_max": policy.logprob_gap_max,
             "time/step": total,
             "time/tokens_per_second": summary.action_tokens / max(total, 1e-9),
-            **_learner("policy", policy),
-            **(_learner("critic", critic) if critic else {}),
+            **learner_values("policy", policy),
+            **(learner_values("critic", critic) if critic else {}),
             **{f"time/{phase}": value for phase, value in seconds.items()},
             **{f"ledger/{name}": float(value) for name, value in asdict(account).items()},
+            **{f"incident/{name}": value for name, value in incidents.items()},
         }
         return cls(step=step, version=version, values=values)
 
@@ -69,7 +76,8 @@ class StepMetrics:
         return {"step": self.step, "version": self.version, **{name: value if math.isfinite(value) else None for name, value in self.values.items()}}
 
 
-def _learner(role: str, report: UpdateReport) -> dict[str, float]:
+def learner_values(role: str, report: UpdateReport) -> dict[str, float]:
+    """The part of a step that a learner's report is, by the names it has in the metrics."""
     return {
         f"{role}/loss": report.loss,
         f"{role}/grad_norm": report.grad_norm,

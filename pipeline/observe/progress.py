@@ -37,7 +37,7 @@ class Progress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._stage, self._done, self._total, self._doing, self._note = "starting", 0, 0, "", ""
+        self._stage, self._done, self._before, self._total, self._doing, self._note = "starting", 0, 0, 0, "", ""
         self._began = self._spoke = time.monotonic()
         self._rewards: list[float] = []
         self._values: dict[str, float] = {}
@@ -46,7 +46,7 @@ class Progress:
 
     def stage(self, name: str, total: int) -> None:
         """A new stage of `total` parts begins."""
-        self._stage, self._done, self._total, self._doing, self._note = name, 0, total, "", ""
+        self._stage, self._done, self._before, self._total, self._doing, self._note = name, 0, 0, total, "", ""
         self._began, self._values, self._rewards = time.monotonic(), {}, []
 
     @property
@@ -66,6 +66,12 @@ class Progress:
         self._done, self._note = self._done + 1, note
         self._plain(lambda: note)
 
+    def rewind(self, done: int) -> None:
+        """So many parts of the stage are done: a run that goes on from a commit, or was taken back to one."""
+        self._began = time.monotonic()
+        self._done = self._before = done
+        self._rewards = self._rewards[:done]
+
     def step(self, metrics: StepMetrics) -> None:
         """One more step of reinforcement learning is done."""
         self._done, self._values = self._done + 1, metrics.values
@@ -80,9 +86,10 @@ class Progress:
 
     def _left(self) -> str:
         """Time left of this stage at the pace so far, as m:ss."""
-        if not self._done:
+        done = self._done - self._before  # since `_began`
+        if done <= 0:
             return "-:--"
-        left = (time.monotonic() - self._began) / self._done * (self._total - self._done)
+        left = (time.monotonic() - self._began) / done * (self._total - self._done)
         return f"{int(left) // 60}:{int(left) % 60:02d}"
 
     def _render(self) -> RenderableType:

@@ -20,11 +20,12 @@ import pyarrow as pa
 from actors import ragged
 from actors.experience import Experience, Rollouts
 from actors.learner import Learner, UpdatePlan
+from cluster.faults import RunError
 from cluster.gang import Gang
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.observe.progress import Progress
 from pipeline.roles import Stage
-from pipeline.tasks.task import encode_demonstration, load_task
+from pipeline.tasks.task import SPLITS, demonstrations_of, encode_demonstration, load_task
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
     from actors.learner import InferReport, UpdateReport
     from actors.objective import ActionTokens
+
+
+MAX_LOSS = 700.0  # nats a token: exp of more is no float64, and a uniform guess among a million words has 14
 
 
 class Imitation:
@@ -94,12 +98,12 @@ def finetune(config: RunConfig, stage: Stage, run_dir: Path, progress: Progress)
         gang.call("export", lambda rank, _: rank.export.remote(str(folder)))
 
     progress.stage("fine-tune", config.finetune.epochs)
-    before = kept = _perplexity(gang, heldout)
+    before = kept = _perplexity(gang, heldout, "Check the weights in model.path.")
     export()  # a model that fine-tuning cannot improve is kept as it is
     for epoch in range(config.finetune.epochs):
         plan = UpdatePlan(step=epoch, epochs=1, minibatches=minibatches, seed=config.seed, aggregation="token_mean")
         report = _epoch(gang, train, plan)
-        now = _perplexity(gang, heldout)
+        now = _perplexity(gang, heldout, f"Lower finetune.learner.learning_rate, now {learner.learning_rate:g}.")
         progress.advance(f"loss {report.loss:.3f}  held-out perplexity {now:.1f}")
         if config.finetune.early_stop and now >= kept:
             break
@@ -110,9 +114,14 @@ def finetune(config: RunConfig, stage: Stage, run_dir: Path, progress: Progress)
     return Finetuned(folder=folder, perplexity_before=before, perplexity=kept)
 
 
-def _perplexity(gang: Gang, heldout: ObjectRef) -> float:
-    reports: list[InferReport] = gang.call("held-out perplexity", lambda rank, _: rank.infer.options(num_returns=2).remote(heldout))
-    return math.exp(-reports[0].mean)  # the same on every rank
+def _perplexity(gang: Gang, heldout: ObjectRef, remedy: str) -> float:
+    """Of held-out responses. Raises RunError when it is no finite number, since nothing that such weights begin can end well."""
+    phase = "held-out perplexity"
+    reports: list[InferReport] = gang.call(phase, lambda rank, _: rank.infer.options(num_returns=2).remote(heldout))
+    loss = -reports[0].mean  # the same on every rank
+    if not loss < MAX_LOSS:
+        raise RunError("policy", phase, f"its loss is {loss:.3g} nats a token, so its weights are not finite or have diverged", remedy)
+    return math.exp(loss)
 
 
 def _epoch(gang: Gang, train: ObjectRef, plan: UpdatePlan) -> UpdateReport:
@@ -131,7 +140,7 @@ def prepare(task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple
     tokenizer = load_tokenizer(model.path or folder)
     if not model.path:
         new_gpt2(tokenizer, layers=model.layers, width=model.width, heads=model.heads, context=model.context, seed=seed).save_pretrained(folder)
-    encoded = {split: [encode_demonstration(d, tokenizer) for d in task.demonstrations(split)] for split in ("train", "heldout")}
+    encoded = {split: [encode_demonstration(d, tokenizer) for d in demonstrations_of(task, split)] for split in SPLITS}
     context = model.context if not model.path else context_of(model.path)
     fitting = {split: [(p, r) for p, r in pairs if len(p) + len(r) <= context] for split, pairs in encoded.items()}
     for split, pairs in fitting.items():

@@ -11,19 +11,21 @@ Left out: streaming from disk. A task's prompts are text and fit in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from actors.experience import Prompts
-from actors.reward import load_function
+from actors.reward import load_function, user_code
 
 Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+T = TypeVar("T")
 
 TASKS = {
     "smalltalk": "pipeline.tasks.smalltalk:SmallTalk",
@@ -73,14 +75,37 @@ class Task(Protocol):
 
 
 def load_task(name: str) -> Task:
-    """A task by its name in `TASKS`, or by import path. Raises ValueError naming the choices."""
+    """A task by its name in `TASKS`, or by import path. Raises ValueError naming the choices, or why it cannot be made."""
     if name not in TASKS and ":" not in name:
         raise ValueError(f"task: must be one of {', '.join(TASKS)} or an import path package.module:name, got {name!r}")
-    task = load_function(TASKS.get(name, name), field="task")()
+    make = load_function(TASKS.get(name, name), field="task")
+    with user_code(f"task: must be a class without arguments, got {name!r}"):
+        task = make()
     if not isinstance(task, Task):
         lacking = [member for member in ("name", "reward", "build_tokenizer", "demonstrations", "prompts", "layout") if not hasattr(task, member)]
         raise ValueError(f"task: must make a Task, got {name!r} without {', '.join(lacking)}; see pipeline/tasks/task.py")
     return task
+
+
+def prompts_of(task: Task, split: Split) -> list[PromptText]:
+    """The task's prompts. Raises ValueError when they are none, or not what `Task` says, or cannot be had."""
+    return _listed(f"prompts({split!r}) of {task.name!r}", lambda: task.prompts(split), PromptText)
+
+
+def demonstrations_of(task: Task, split: Split) -> list[Demonstration]:
+    """The task's demonstrations. Raises ValueError when they are none, or not what `Task` says, or cannot be had."""
+    return _listed(f"demonstrations({split!r}) of {task.name!r}", lambda: task.demonstrations(split), Demonstration)
+
+
+def _listed(what: str, give: Callable[[], Iterable[T]], kind: type[T]) -> list[T]:
+    with user_code(f"task: {what} must give a list of {kind.__name__}"):
+        found = list(give())
+    stranger = next((number for number, value in enumerate(found) if not isinstance(value, kind)), None)
+    if stranger is not None:
+        raise ValueError(f"task: {what} must give a list of {kind.__name__}, got a {type(found[stranger]).__name__} as number {stranger}")
+    if not found:
+        raise ValueError(f"task: {what} must give at least one {kind.__name__}, got none")
+    return found
 
 
 def encode_demonstration(demonstration: Demonstration, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -105,12 +130,12 @@ class PromptStream:
         """
         if not prompts:
             raise ValueError("task: must have at least one prompt, got none; there is nothing to draw from")
-        tokens = [tokenizer.encode(prompt.text, add_special_tokens=False) for prompt in prompts]
+        tokens = [tokenizer.encode(_text(number, prompt), add_special_tokens=False) for number, prompt in enumerate(prompts)]
         for number, ids in enumerate(tokens):
             _check_length(number, len(ids), max_prompt_tokens=max_prompt_tokens, context=context, max_new_tokens=max_new_tokens)
         self.seed = seed
         self._rows = pa.table(
-            {"tokens": pa.array(tokens, pa.list_(pa.int32())), "metadata": [json.dumps(prompt.metadata, sort_keys=True) for prompt in prompts]}
+            {"tokens": pa.array(tokens, pa.list_(pa.int32())), "metadata": [_metadata(number, prompt) for number, prompt in enumerate(prompts)]}
         )
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
@@ -135,6 +160,19 @@ def permutation(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
     return np.argsort(np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n), kind="stable")
 
 
+def _text(number: int, prompt: PromptText) -> str:
+    if not isinstance(prompt.text, str):
+        raise ValueError(f"task: prompt {number} must be text, got a {type(prompt.text).__name__}")
+    return prompt.text
+
+
+def _metadata(number: int, prompt: PromptText) -> str:
+    try:
+        return json.dumps(prompt.metadata, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"task: prompt {number} must have metadata of JSON values only, got {prompt.metadata!r:.100}: {error}") from error
+
+
 def _check_length(number: int, length: int, *, max_prompt_tokens: int, context: int, max_new_tokens: int) -> None:
     if length == 0:
         raise ValueError(f"task: prompt {number} must have at least 1 token, got 0; remove it")
@@ -145,5 +183,5 @@ def _check_length(number: int, length: int, *, max_prompt_tokens: int, context: 
     if length + max_new_tokens > context:
         raise ValueError(
             f"sampling.max_new_tokens: prompt {number} must leave room for {max_new_tokens} new tokens in the model's context of {context}, "
-            f"got {length} prompt tokens; set it to at most {context - length}, or shorten the prompt"
+            f"got {length} prompt tokens; {f'set it to at most {context - length}, or ' if length < context else ''}shorten the prompt"
         )

@@ -1,0 +1,110 @@
+"""What tests of whole runs share: a small recipe, running it, breaking it off, and the comparison of two runs to the bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from actors.config import LearnerConfig, RolloutConfig, SamplingConfig
+from actors.experience import Experience
+from cluster.config import ClusterConfig
+from pipeline.algorithms.ppo import PPO
+from pipeline.checkpoint import Commit
+from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig
+from pipeline.observe.metrics import is_repeatable
+
+ROOT = Path(__file__).parents[1]
+STEPS = 4
+
+
+def recipe(**changes: Any) -> RunConfig:
+    """PPO with critic, reference and an adaptive KL controller on two-layer walks, a commit every two steps."""
+    config = RunConfig(
+        task="walks",
+        steps=STEPS,
+        commit_every=2,
+        model=ModelConfig(layers=2, width=32, heads=2, context=16),
+        finetune=FinetuneConfig(epochs=1, learner=LearnerConfig(learning_rate=3e-3, micro_batch_size=32)),
+        batch=BatchConfig(prompts=16, epochs=2, minibatches=2, max_prompt_tokens=1),
+        algorithm=PPO(kl_coef=0.05, kl_target=0.01, kl_horizon=100),
+        sampling=SamplingConfig(max_new_tokens=9),
+        rollout=RolloutConfig(chunk_size=8, slots=8),
+        policy=LearnerConfig(learning_rate=1e-3),
+        critic=LearnerConfig(learning_rate=1e-3),
+        evaluation=EvaluationConfig(prompts=4),
+        cluster=ClusterConfig(cpus_per_bundle=1, peer_timeout_s=10),
+    )
+    return config.model_copy(update=changes)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def final_commit(run_dir: Path) -> Commit:
+    """The newest one, which must be of the run's last step."""
+    folder = max((run_dir / "checkpoints").iterdir())
+    commit = Commit.from_text((folder / "commit.json").read_text())
+    assert commit.state.step == len(learning(run_dir))
+    return commit
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def learning(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics that do not measure time."""
+    return [{name: value for name, value in record.items() if is_repeatable(name)} for record in metrics_of(run_dir)]
+
+
+def assert_same(run_dir: Path, whole: Path, *, reissued: bool = False, metrics: bool = True) -> None:
+    """Master weights, moments and step counters of policy and critic, the driver's state, metrics, experience, exported policy, evaluation.
+
+    reissued: samples may have been given to another worker, so that one number of the account may differ. metrics: compare them.
+    """
+    ours, theirs = final_commit(run_dir), final_commit(whole)
+    assert ours.shards == theirs.shards, "the checksums of every rank's shard"
+    if reissued:
+        same = {"ledger": ours.state.ledger.model_copy(update={"reissued": 0})}
+        assert ours.state.model_copy(update=same) == theirs.state
+    else:
+        assert ours.state == theirs.state
+        assert not metrics or learning(run_dir) == learning(whole)
+    for step in range(ours.state.step):
+        a, b = (Experience.read(run / "experience" / f"step={step}" / "experience.parquet").table for run in (run_dir, whole))
+        assert a.equals(b)
+    for file in ("policy/model.safetensors", "evaluation.json"):
+        assert (run_dir / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def pid_of(run_dir: Path, who: str) -> int:
+    """The newest process of that name."""
+    return int(re.findall(rf"{re.escape(who)} ready: pid (\d+)", (run_dir / "log" / "driver.log").read_text())[-1])
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Of a user who has no Ray running."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+def await_log(run_dir: Path, text: str, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    """Wait for a line in the run's log."""
+    log, deadline = run_dir / "log" / "driver.log", time.monotonic() + timeout_s
+    while not (log.is_file() and text in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"no {text!r} within {timeout_s} s"
+        time.sleep(0.05)
