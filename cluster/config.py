@@ -38,8 +38,11 @@ class ClusterConfig(Config):
     call_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest wait for one call to a worker or a learner, in seconds; what expires is named with its actor and phase."""
 
+    pulse_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest silence of a process, in seconds. Each gives ten signs of life in that time, whatever it computes; one that gives none is replaced."""
+
     peer_timeout_s: float = Field(default=300.0, gt=0)
-    """Longest wait of a learner rank for its peers in one collective operation, in seconds; a rank that stopped is noticed after it."""
+    """Longest wait of a learner rank for its peers in one collective operation, and for a rank's answer once another has answered, in seconds."""
 
     max_attempts: int = Field(default=3, ge=1)
     """Times one piece of work is given to a pool before the run stops with the last error."""

@@ -65,6 +65,27 @@ class Pump:
         """Ignore whatever `ref` answers from now on."""
         self._watched.pop(ref, None)
 
+    def hasten(self, ref: ObjectRef[Any], within_s: float) -> None:
+        """Wait for `ref` no longer than `within_s` from now, if it is watched."""
+        if ref in self._watched:
+            watched = self._watched[ref]
+            watched.timeout_s = within_s
+            watched.deadline = min(watched.deadline, time.monotonic() + within_s)
+
+    def give_up(self, who: str, silent_s: float) -> None:
+        """End the waiting for all calls of this worker, which has been silent for `silent_s` seconds: an Expired for each, unless it has answered."""
+        import ray
+
+        for ref in [ref for ref, watched in self._watched.items() if watched.who == who]:
+            watched = self._watched.get(ref)
+            if watched is None:  # a callback before it has forgotten it
+                continue
+            if ray.wait([ref], timeout=0)[0]:
+                self._answer(ref)
+            else:
+                del self._watched[ref]
+                watched.on_error(Expired(watched.who, watched.phase, silent_s))
+
     def add_tick(self, call: Callable[[], None], every_s: float) -> None:
         """Also call `call` about every `every_s` seconds for as long as anything is waited for."""
         self._ticks.append(_Tick(call=call, every_s=every_s, due=time.monotonic() + every_s))

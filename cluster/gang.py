@@ -17,6 +17,7 @@ from cluster.config import ClusterConfig
 from cluster.events import Pump
 from cluster.faults import Fault, RunError, classify, last_lines
 from cluster.handshake import Fingerprint, compare
+from cluster.pulse import Pulse
 from cluster.spawn import WorkerInfo
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class _Failure:
 class Ticket:
     """One call to all ranks of a gang, running or done."""
 
-    def __init__(self, role: str, phase: str, pump: Pump, sent: Sequence[tuple[ObjectRef[Any], ...]], timeout_s: float) -> None:
+    def __init__(self, role: str, phase: str, pump: Pump, sent: Sequence[tuple[ObjectRef[Any], ...]], timeout_s: float, peer_timeout_s: float) -> None:
+        """timeout_s: for all ranks. peer_timeout_s: for the others once the first has answered, since ranks do the same work at the same time."""
         self._role = role
         self.phase = phase
         self._pump = pump
@@ -46,6 +48,7 @@ class Ticket:
         self._reports: dict[int, Any] = {}
         self._failures: list[_Failure] = []
         self._failed_at = 0.0
+        self._peer_timeout_s = peer_timeout_s
         for rank, (report, *_) in enumerate(sent):
             self._watch(rank, report, timeout_s)
 
@@ -82,6 +85,9 @@ class Ticket:
     def _watch(self, rank: int, report: ObjectRef[Any], timeout_s: float) -> None:
         def done(value: Any) -> None:
             self._reports[rank] = value
+            if len(self._reports) == 1:
+                for report, *_ in self._sent:
+                    self._pump.hasten(report, self._peer_timeout_s)
 
         def failed(error: BaseException) -> None:
             self._failed_at = self._failed_at or time.monotonic()
@@ -110,10 +116,13 @@ class Gang:
         self._config = config
         self._fingerprint = fingerprint
         self._handles: list[Any] = []
+        self._pulse = Pulse(pump, config.pulse_timeout_s)
 
     def start(self) -> None:
         """Start all ranks; returns at once."""
         self._handles = [self._spawn(rank) for rank in range(self.ranks)]
+        for rank, handle in enumerate(self._handles):
+            self._pulse.follow(f"{self.role}[{rank}]", handle)
 
     def connect(self) -> list[Any]:
         """Wait for every rank's constructor, check its code, then let all of them meet at an address of rank 0: `connect(address, port)`.
@@ -145,7 +154,9 @@ class Gang:
         """Start send(handle, rank) on every rank; it returns the report's reference, alone or followed by data references."""
         assert self._handles, f"the {self.role} gang is not started"
         sent = [_as_tuple(send(handle, rank)) for rank, handle in enumerate(self._handles)]
-        return Ticket(self.role, phase, self._pump, sent, self._config.call_timeout_s if timeout_s is None else timeout_s)
+        if timeout_s is not None:  # a start, where ranks take turns at the same disk and cores
+            return Ticket(self.role, phase, self._pump, sent, timeout_s, timeout_s)
+        return Ticket(self.role, phase, self._pump, sent, self._config.call_timeout_s, self._config.peer_timeout_s)
 
     def call(self, phase: str, send: Callable[[Any, int], ObjectRef[Any] | tuple[ObjectRef[Any], ...]], timeout_s: float | None = None) -> list[Any]:
         """`begin`, serve events until it is done, and its results."""
@@ -155,13 +166,14 @@ class Gang:
         """Kill all ranks."""
         import ray
 
-        for handle in self._handles:
+        for rank, handle in enumerate(self._handles):
+            self._pulse.leave(f"{self.role}[{rank}]")
             ray.kill(handle)
         self._handles = []
 
     def _free_port(self) -> int:
         sent = [(self._handles[0].free_port.remote(),)]
-        ticket = Ticket(self.role, "find a port", self._pump, sent, self._config.ready_timeout_s)
+        ticket = Ticket(self.role, "find a port", self._pump, sent, self._config.ready_timeout_s, self._config.ready_timeout_s)
         return int(self._finish(ticket, self._config.ready_timeout_s)[0])
 
     def _finish(self, ticket: Ticket, timeout_s: float) -> list[Any]:

@@ -18,6 +18,7 @@ from cluster.config import ClusterConfig
 from cluster.events import Pump
 from cluster.faults import Fault, RunError, classify, last_lines
 from cluster.handshake import Fingerprint, compare
+from cluster.pulse import Pulse
 from cluster.spawn import WorkerInfo
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Pool:
         self._fingerprint = fingerprint
         self._workers: list[_Worker] = []
         self._queue: deque[_Task] = deque()
+        self._pulse = Pulse(pump, config.pulse_timeout_s)
 
     def start(self) -> None:
         """Start all workers; returns at once."""
@@ -151,6 +153,7 @@ class Pool:
     def _seat(self, index: int) -> _Worker:
         handle = self._spawn(index)
         worker = _Worker(index, handle)
+        self._pulse.follow(self._name(worker), handle)
         worker.call = handle.describe.remote()
         self._pump.watch(
             worker.call,
@@ -235,6 +238,7 @@ class Pool:
 
         if worker.call is not None:
             self._pump.forget(worker.call)
+        self._pulse.leave(self._name(worker))
         ray.kill(worker.handle)
 
     def _stopped(self, worker: _Worker, phase: str, reason: str, fault: Fault, error: BaseException) -> RunError:

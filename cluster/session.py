@@ -97,7 +97,7 @@ class Session:
             if time.monotonic() > deadline:
                 remove_placement_group(group)
                 self._refuse(shortages(placement, self.nodes()) or [f"the nodes are large enough, but others use them; free are {_free_resources()}."])
-        return Placed(placement, group, log_dir=self._log_dir, packages=self._packages)
+        return Placed(placement, group, log_dir=self._log_dir, packages=self._packages, pulse_timeout_s=self._config.pulse_timeout_s)
 
     def preflight(self, placement: Placement) -> None:
         """Raises RunError when the bundles cannot fit a local Ray, which cannot grow; a cluster may, so there `place` waits and then tells."""

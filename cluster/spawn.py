@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.handshake import Fingerprint, fingerprint
 from cluster.placement import Placement
+from cluster.pulse import start_pulse
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -34,11 +35,12 @@ class WorkerInfo:
 class Placed:
     """The seats of a run, reserved on the cluster."""
 
-    def __init__(self, placement: Placement, group: PlacementGroup, *, log_dir: Path, packages: Sequence[str]) -> None:
+    def __init__(self, placement: Placement, group: PlacementGroup, *, log_dir: Path, packages: Sequence[str], pulse_timeout_s: float) -> None:
         self.placement = placement
         self._group = group
         self._log_dir = log_dir.absolute()
         self._packages = tuple(packages)
+        self._pulse_timeout_s = pulse_timeout_s
 
     def spawn(self, cls: type, role: str, index: int, /, *args: Any, **kwargs: Any) -> Any:
         """Start `cls(*args, **kwargs)` as worker `index` of `role` and return its Ray handle at once; errors arrive with its first call."""
@@ -59,7 +61,7 @@ class Placed:
     def _start(self, cls: type, name: str, threads: int, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         import ray
 
-        hosted = _hosted(cls, self._log_dir / f"{name}.log", threads, options.get("num_gpus", 0), self._packages)
+        hosted = _hosted(cls, self._log_dir / f"{name}.log", threads, options.get("num_gpus", 0), self._packages, self._pulse_timeout_s)
         return ray.remote(hosted).options(**options).remote(*args, **kwargs)
 
     def remove(self) -> None:
@@ -69,13 +71,14 @@ class Placed:
         remove_placement_group(self._group)
 
 
-def _hosted(cls: type, log_file: Path, threads: int, gpus: float, packages: tuple[str, ...]) -> type:
+def _hosted(cls: type, log_file: Path, threads: int, gpus: float, packages: tuple[str, ...], pulse_timeout_s: float) -> type:
     """A subclass of `cls` that settles its process first and can say where it lives."""
 
     class Hosted(cls):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.__log_file = _redirect_output(log_file)
             _limit_devices(threads, gpus)
+            start_pulse(pulse_timeout_s)
             super().__init__(*args, **kwargs)
 
         def describe(self) -> WorkerInfo:

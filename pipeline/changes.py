@@ -33,7 +33,7 @@ HARMLESS: dict[str, str] = {
     **{
         f"cluster.{key}": _SAME_BITS
         for key in (
-            "address", "share_devices", "start_timeout_s", "place_timeout_s", "ready_timeout_s", "call_timeout_s", "peer_timeout_s",
+            "address", "share_devices", "start_timeout_s", "place_timeout_s", "ready_timeout_s", "call_timeout_s", "peer_timeout_s", "pulse_timeout_s",
             "max_attempts", "max_replacements", "max_rebuilds",
         )
     },

@@ -1,0 +1,97 @@
+"""Signs of life: who is stopped is noticed long before its call's deadline, who only works hard is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.events import Pump
+from cluster.faults import Fault, RunError
+from cluster.gang import Gang
+from cluster.placement import RoleDemand, plan_placement
+from cluster.pool import Pool, Work
+from cluster.session import Session
+
+CONFIG = ClusterConfig(pulse_timeout_s=3, peer_timeout_s=4)  # and half an hour for a call
+
+
+class Worker:
+    """Works as long as it is told; hard: without ever waiting."""
+
+    def connect(self, address: str, port: int) -> None:
+        pass
+
+    def work(self, seconds: float, hard: bool = False) -> int:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if not hard:
+                time.sleep(0.05)
+        return os.getpid()
+
+
+@pytest.fixture
+def spawned(ray_session: Session) -> Any:
+    session = Session(CONFIG, ray_session._log_dir, packages=("cluster",))
+    session._is_local = True
+    placed = session.place(plan_placement([RoleDemand("worker", 2, 0)], share_devices=False, cpus_per_bundle=1, local_cpus=2))
+    yield lambda index: placed.spawn(Worker, "worker", index)
+    placed.remove()
+
+
+def call(seconds: float, *, hard: bool = False) -> Callable[[Any, int], tuple[Any, ...]]:
+    return lambda worker, attempt: (worker.work.remote(seconds, hard),)
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_of_a_pool_is_replaced_and_its_work_done(ray_session: Session, spawned: Any) -> None:
+    pump, pids = Pump(), []
+    pool = Pool("worker", spawned, 1, pump, CONFIG, ray_session.fingerprint)
+    pool.start()
+    pool.wait_ready()
+    stopped, began = pool.workers[0].pid, time.monotonic()
+    pool.submit(Work(phase="work", send=call(1.0), on_done=lambda pid, data, attempt: pids.append((pid, attempt))))
+    pump.add_tick(lambda: os.kill(stopped, signal.SIGSTOP) if not pids and time.monotonic() < began + 0.9 else None, every_s=0.2)
+    pump.run_until(lambda: bool(pids), timeout_s=60, waiting_for="the work")
+    pool.close()
+    assert pids[0][0] != stopped
+    assert pids[0][1] == 2
+    assert pool.replaced == 1
+
+
+@pytest.mark.slow
+def test_a_stopped_gang_of_one_has_no_peer_to_miss_it_and_is_noticed_all_the_same(ray_session: Session, spawned: Any) -> None:
+    pump = Pump()
+    gang = Gang("worker", spawned, 1, pump, CONFIG, ray_session.fingerprint)
+    gang.start()
+    gang.connect()
+    [pid] = gang.call("work", lambda rank, _: rank.work.remote(4.0, True))  # longer than pulse_timeout_s and without a pause
+    os.kill(pid, signal.SIGSTOP)  # while idle: noticed once it is given something to do
+    began = time.monotonic()
+    with pytest.raises(RunError) as caught:
+        gang.call("work", lambda rank, _: rank.work.remote(0.1))
+    assert (caught.value.who, caught.value.fault) == ("worker[0]", Fault.EXPIRED)
+    assert time.monotonic() - began < 20
+    gang.rebuild()
+    assert gang.call("work", lambda rank, _: rank.work.remote(0.1)) != [pid]
+    gang.close()
+
+
+@pytest.mark.slow
+def test_a_rank_that_lives_but_does_not_answer_as_its_peers_do_is_named(ray_session: Session, spawned: Any) -> None:
+    """As when it hangs at a disk, where no peer waits for it."""
+    pump = Pump()
+    gang = Gang("worker", spawned, 2, pump, CONFIG, ray_session.fingerprint)
+    gang.start()
+    gang.connect()
+    began = time.monotonic()
+    with pytest.raises(RunError, match="no answer within 4 s") as caught:
+        gang.call("commit", lambda rank, number: rank.work.remote(300.0 if number else 0.1))
+    assert (caught.value.who, caught.value.phase, caught.value.fault) == ("worker[1]", "commit", Fault.EXPIRED)
+    assert time.monotonic() - began < 20
+    gang.close()
