@@ -75,10 +75,15 @@ class Pulse:
 
     def check(self) -> None:
         """Give up the calls of whoever has been silent for too long, as if their deadline had passed."""
+        from ray.exceptions import RpcError
         from ray.experimental import internal_kv
 
         for who, heard in list(self._heard.items()):
-            count = internal_kv._internal_kv_get(heard.key, namespace=_NAMESPACE) or b""
+            try:
+                count = internal_kv._internal_kv_get(heard.key, namespace=_NAMESPACE) or b""
+            except RpcError as error:  # the store is what is silent, so nobody can be judged by it
+                log.warning("signs of life cannot be read: %s", error)
+                count = b""
             now = time.monotonic()
             if count != heard.count or not count:
                 heard.count, heard.at, heard.is_silent = count, now, False

@@ -26,6 +26,16 @@ def report(rewards: list[float], *, samples: int = 1, kl: float = NAN, word: str
     )
 
 
+def test_a_report_on_disk_is_the_report_to_the_bit() -> None:
+    """It is kept for a run that goes on after it was broken off."""
+    for kl in (NAN, 0.1 + 0.2):
+        before = report([0.1 + 0.2, NAN, 1e-300, -0.0], kl=kl)
+        after = Report.from_text(before.to_text())
+        assert after.rewards.tobytes() == before.rewards.tobytes()
+        assert after.rewards.dtype == np.float64
+        assert repr(after) == repr(before)
+
+
 def test_the_interval_covers_a_known_mean_about_95_times_in_100() -> None:
     """A skewed distribution of mean 2, 60 values a draw. 190 of 200 are expected; chance alone stays within 178 and 199."""
     random = np.random.default_rng(0)

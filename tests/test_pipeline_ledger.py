@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pipeline.buffer import Buffer
-from pipeline.ledger import Ledger, State
+from pipeline.ledger import Ledger, LedgerState, State
 
 
 def through(ledger: Ledger, number: int, failed: dict[int, str] | None = None) -> None:
@@ -155,6 +157,18 @@ class LedgerMachine(RuleBasedStateMachine):
         assert not self.ended & set(samples), "a sample was trained twice"
         self.ended |= set(samples)
         self.ledger.close(sorted(numbers), trained=len(samples))
+
+    @rule()
+    def break_off_and_go_on(self) -> None:
+        """The run ends here and another process takes the account up; it has been through JSON."""
+        before = self.ledger.account()
+        state = LedgerState.model_validate_json(self.ledger.state().model_dump_json())
+        in_flight = {number: chunk.attempt for number, chunk in self.ledger.open.items()}
+        self.ledger = Ledger.of(3, state, version=1)
+        assert {number: chunk.attempt - 1 for number, chunk in self.ledger.open.items()} == in_flight, "the next attempt, so that late answers are fenced"
+        assert {chunk.version for chunk in self.ledger.open.values()} <= {1}
+        after = self.ledger.account()
+        assert after == dataclasses.replace(before, reissued=before.reissued + before.in_flight)
 
     @invariant()
     def balances(self) -> None:

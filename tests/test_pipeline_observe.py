@@ -16,17 +16,21 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from actors.learner import UpdateReport
+from driver_setup import config
 from pipeline.assemble import AssemblyReport
+from pipeline.checkpoint import Checkpoints, DriverState
 from pipeline.collector import Collected
 from pipeline.config import load, recipe_path
 from pipeline.evaluation import Report, compare
-from pipeline.ledger import Account
+from pipeline.ledger import Account, LedgerState, OpenChunk
 from pipeline.observe import progress as progress_module
 from pipeline.observe import summary
+from pipeline.observe.account import show_account
 from pipeline.observe.metrics import StepMetrics
-from pipeline.observe.observer import Observer
+from pipeline.observe.observer import Observer, read_metrics
 from pipeline.observe.progress import PLAIN_EVERY_S, SPARK, Progress, sparkline
 from pipeline.run import Result
+from pipeline.run_folder import RunFolder
 
 NAN = math.nan
 
@@ -168,6 +172,49 @@ def test_a_later_observer_appends(tmp_path: Path) -> None:
         with Observer(tmp_path, Progress(console(terminal=False)[0])) as observer:
             observer.step(metrics(step))
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_steps_that_are_done_again_replace_their_metrics(tmp_path: Path) -> None:
+    """A run of five steps was killed in the middle of a line and goes on after step 2."""
+    with Observer(tmp_path, Progress(console(False)[0])) as observer:
+        for step in range(5):
+            observer.step(metrics(step))
+        observer.sync()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "vers')
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    out, printed = console(False)
+    with Observer(tmp_path, progress := Progress(out)) as observer:
+        progress.stage("reinforce", 4)
+        observer.rewind(2)
+        for step in (2, 3):
+            observer.step(metrics(step, reward=0.25))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["reward/mean"]) for record in records] == [(0, 0.5), (1, 0.5), (2, 0.25), (3, 0.25)]
+    assert "reinforce 4/4" in printed.getvalue()
+
+
+def test_the_account_of_a_run_names_reasons_and_starts(tmp_path: Path) -> None:
+    run = config(steps=9)
+    with RunFolder.create(tmp_path / "run", run) as folder:
+        ledger = LedgerState(next_group=100, next_chunk=9, trained=90, filtered=3, reissued=4, quarantined={7: "error: a", 9: "timeout: b", 12: "error: a"})
+        open_chunk = OpenChunk(number=8, first_group=96, groups=4, attempt=0)
+        state = DriverState(step=5, kl_coef=0.1, ledger=ledger.model_copy(update={"open": (open_chunk,)}))
+        Checkpoints(folder, 2).write(state, {})
+        with Observer(folder.path, Progress(console(False)[0])) as observer:
+            for step in range(7):
+                observer.step(metrics(step))
+        out, printed = console(False)
+        show_account(folder.path, run, out)
+    said = printed.getvalue()
+    assert "samples after 5 of 9 committed steps" in said
+    assert "issued 100 = 90 + 3 + 3 + 4: balances" in said
+    assert re.search(r"re-issued\s*│\s*4", said)
+    assert "quarantined 2: error: a" in said
+    assert "quarantined 1: timeout: b" in said
+    assert "quarantined samples: 7, 9, 12" in said
+    assert "steps 5 to 6 are done but not committed: they would be done again" in said
+    assert "epoch 1: from step 0" in said
 
 
 def test_what_is_not_a_number_is_null(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

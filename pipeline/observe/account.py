@@ -27,7 +27,8 @@ def show_account(run_dir: Path, config: RunConfig, console: Console) -> None:
     state = commit.state if commit else DriverState(kl_coef=0)
     ledger = Ledger.of(config.batch.group_size, state.ledger, state.version)
     account = ledger.account()
-    table = Table(title=f"samples after {state.step} of {config.steps} steps (version {state.version})", title_justify="left")
+    console.print(Text(f"samples after {state.step} of {config.steps} committed steps"))
+    table = Table()
     for column, justify in (("", "left"), ("samples", "right"), ("share", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, count in (
