@@ -192,7 +192,7 @@ def load_function(path: str, field: str = "reward.function") -> Callable[..., An
         raise ValueError(f"{field}: must be importable, got {path!r}: {error}; put the module on PYTHONPATH or in the working directory") from error
     found = getattr(module, name, None)
     if not callable(found):
-        problem = "no such name in the module" if found is None else f"of type {type(found).__name__}"
+        problem = "no such name in the module" if found is None else f"a {type(found).__name__}"
         raise ValueError(f"{field}: must be callable, got {path!r}: {problem}; define it in {module.__file__}")
     return found  # type: ignore[no-any-return]
 

@@ -147,6 +147,7 @@ def test_the_numbers_of_a_step() -> None:
         "ledger/quarantined": 3.0,
         "ledger/in_flight": 5.0,
         "ledger/reissued": 7.0,
+        "incident/rolled_back": 1.0,
     }
     assert values == expected
 
