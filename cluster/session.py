@@ -216,7 +216,8 @@ def _keep_logs_only(temp_dir: Path, log_dir: Path) -> None:
         target = log_dir / f"ray-{count}"
     for session in temp_dir.glob("session_[0-9]*"):
         if (session / "logs").is_dir() and not target.exists():
-            shutil.move(session / "logs", target)
+            with contextlib.suppress(OSError):  # the disk may be what is full, which must not hide what the run ended with
+                shutil.move(session / "logs", target)
     shutil.rmtree(temp_dir, ignore_errors=True)  # a process of Ray may write its last line this very moment
     if temp_dir.exists():
         time.sleep(0.5)

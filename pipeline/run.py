@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from actors.reward import load_function
+from actors.reward import check_classifier, load_function
 from cluster.events import Pump
 from cluster.faults import RunError
 from cluster.placement import RoleDemand
@@ -37,7 +37,7 @@ from pipeline.observe.journal import Journal
 from pipeline.observe.observer import Observer
 from pipeline.observe.progress import Progress
 from pipeline.observe.summary import show
-from pipeline.prompts import Asked, asked
+from pipeline.prompts import Asked, asked, check_data
 from pipeline.roles import Stage, declare_roles, demands, place
 from pipeline.run_folder import RunFolder
 from pipeline.stages.finetune import Finetuned, finetune
@@ -113,8 +113,11 @@ def resume(config: RunConfig, run_dir: Path, allowed: Collection[str], console: 
 def _preflight(config: RunConfig) -> tuple[Task, Asked | None]:
     """The task, and its prompts if the model is there already. Raises ValueError for what cannot work, while nothing is started."""
     task = load_task(config.task)
-    if not config.reward.model:
+    if config.reward.model:
+        check_classifier(config.reward.model)
+    else:
         load_function(config.reward.function or task.reward)
+    check_data(config, task)
     return task, asked(config, task, config.model.path) if config.model.path else None
 
 

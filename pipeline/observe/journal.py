@@ -15,6 +15,13 @@ log = logging.getLogger(__name__)
 _FLOORS = ("cluster", "actors", "pipeline")
 
 
+class _Quiet(logging.FileHandler):
+    """Where it cannot write, as on a full disk, it does not print a traceback of its own on the terminal; what ends the run is said there anyway."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        pass
+
+
 class Journal:
     """A context manager: inside it what the three floors log is written to the folder's `driver.log`, and nowhere else."""
 
@@ -22,7 +29,7 @@ class Journal:
         self._folder = folder
 
     def __enter__(self) -> Self:
-        self._handler = logging.FileHandler(self._folder / "driver.log", encoding="utf-8")
+        self._handler = _Quiet(self._folder / "driver.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for floor in _FLOORS:
             logger = logging.getLogger(floor)

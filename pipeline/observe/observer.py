@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tensorboardX import SummaryWriter
-
 from cluster.storage import Folder
+from pipeline.observe.board import Board
 from pipeline.observe.metrics import StepMetrics
 from pipeline.observe.progress import Progress
 
@@ -29,7 +27,7 @@ class Observer:
 
     def _open(self, purge_step: int | None) -> None:
         self._lines = (self._run_dir / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=purge_step)
+        self._board = Board(self._run_dir / "tensorboard", purge_step)
 
     def phase(self, name: str) -> None:
         """What the run is doing now."""
@@ -55,16 +53,15 @@ class Observer:
         """One step is done."""
         self._lines.write(json.dumps(metrics.record(), allow_nan=False) + "\n")
         self._lines.flush()
-        for name, value in metrics.values.items():
-            if math.isfinite(value):  # TensorBoard shows no others, and its writer prints a complaint
-                self._board.add_scalar(name, value, metrics.step)
+        self._board.scalars(metrics.values, metrics.step)
         self.progress.step(metrics)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close()
+        with suppress(*(() if error is None else (OSError,))):  # the disk may be what is full, and `error` says so better
+            self._close()
 
     def _close(self) -> None:
         self._lines.close()
