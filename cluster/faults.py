@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from enum import Enum
 
+_OF_AN_ACTOR = re.compile(r"\t(class_name|actor_id|pid|name|namespace|ip|repr): ")  # what Ray lists of a dead actor; the error around it says who
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 # What a rank is told when a peer was killed or stopped: seen with gloo and the TCPStore of torch 2.13; of NCCL, which needs GPUs, as users report it.
@@ -115,5 +116,5 @@ def last_lines(error: BaseException, count: int = 6) -> str:
     """The end of an error's text, which for an error raised in a worker is the end of the worker's own traceback, without colours and carets."""
     text = error.cause if isinstance(error, RunError) else str(error)  # the error around it names actor and phase
     lines = [line.rstrip() for line in _ANSI.sub("", text).splitlines()]
-    kept = [line for line in lines if line.strip() and line.strip(" ^~")]
+    kept = [line for line in lines if line.strip() and line.strip(" ^~") and not _OF_AN_ACTOR.match(line)]
     return "\n".join(kept[-count:]) or type(error).__name__

@@ -126,5 +126,10 @@ def test_last_lines_are_the_workers_own_without_colours_and_carets() -> None:
     assert last_lines(ray_errors.RayError()) == "RayError"
 
 
+def test_what_ray_lists_of_a_dead_actor_is_left_out() -> None:
+    text = "The actor died unexpectedly.\n\tclass_name: Learner\n\tactor_id: 7b27\n\tpid: 27315\n\tnamespace: ef14\n\tip: 192.0.2.2\nIts process has died."
+    assert last_lines(RuntimeError(text)) == "The actor died unexpectedly.\nIts process has died."
+
+
 def test_the_role_of_a_name() -> None:
     assert [role_of(who) for who in ("policy[1]", "driver")] == ["policy", "driver"]
