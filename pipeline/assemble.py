@@ -23,6 +23,7 @@ from actors import ragged
 from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, TokenValues
 from pipeline.algorithms.base import Algorithm, Trajectories
 from pipeline.algorithms.estimators import token_rewards, whiten
+from pipeline.algorithms.losses import kl_estimate
 
 Counts = tuple[int, int, int, int, int]
 Typed = TypeVar("Typed", Rollouts, Scores, TokenLogprobs, TokenValues)
@@ -82,7 +83,7 @@ def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], co
     score = torch.from_numpy(scores["reward"].to_numpy().copy())
     estimates = algorithm.advantages(
         Trajectories(
-            rewards=token_rewards(score, grid.pad(kl), grid.mask, kl_coef=kl_coef),
+            rewards=token_rewards(score, kl_estimate(grid.pad(kl), algorithm.kl_estimator), grid.mask, kl_coef=kl_coef if algorithm.kl_in == "reward" else 0.0),
             values=grid.pad(values),
             scores=score,
             groups=torch.from_numpy(np.unique(rollouts["group_id"].to_numpy(), return_inverse=True)[1]),

@@ -172,11 +172,7 @@ def _algorithm_rules(config: RunConfig) -> None:
         raise ValueError(
             f"batch.group_size: must be >= {algorithm.min_group_size} for algorithm {algorithm.name!r}, got {group_size}; it compares samples of one prompt"
         )
-    if algorithm.kl_target and not algorithm.kl_coef:
-        raise ValueError(
-            f"algorithm.kl_coef: must be > 0 when algorithm.kl_target is {algorithm.kl_target:g}, got 0; "
-            "the controller multiplies it, so give it a start value, or remove kl_target"
-        )
+    algorithm.rules()
 
 
 def _sampling_rules(config: RunConfig) -> None:

@@ -169,7 +169,7 @@ class Driver:
     def learn(self, assembled: Assembled) -> Update:
         """Critic and policy gangs train on the step, side by side; afterwards every sample of it counts as trained."""
         self.observer.phase("learn")
-        policy, critic = self.learners.update(assembled.experience, assembled.batch.step)
+        policy, critic = self.learners.update(assembled.experience, assembled.batch.step, self.kl.coef)
         update = Update(batch=assembled.batch, summary=assembled.report, policy=policy, critic=critic)
         update.check(self.config)
         self.ledger.close(assembled.batch.chunks, trained=update.policy.samples)

@@ -32,10 +32,19 @@ class Learners:
         critic = self.roles.critic
         return critic.begin("values", lambda rank, _: rank.infer.options(num_returns=2).remote(*rollouts)) if critic else None
 
-    def update(self, experience: ObjectRef, step: int) -> tuple[UpdateReport, UpdateReport | None]:
-        """Train both on a step's experience, side by side. The policy's report and the critic's."""
-        batch, aggregation = self.config.batch, self.config.algorithm.aggregation
-        plan = UpdatePlan(step=step, epochs=batch.epochs, minibatches=batch.minibatches, seed=self.config.seed, aggregation=aggregation)
+    def update(self, experience: ObjectRef, step: int, kl_coef: float) -> tuple[UpdateReport, UpdateReport | None]:
+        """Train both on a step's experience, side by side. kl_coef: as it is in this step. The policy's report and the critic's."""
+        batch, algorithm = self.config.batch, self.config.algorithm
+        plan = UpdatePlan(
+            step=step,
+            epochs=batch.epochs,
+            minibatches=batch.minibatches,
+            seed=self.config.seed,
+            aggregation=algorithm.aggregation,
+            constant=self.config.sampling.max_new_tokens,
+            kl_coef=kl_coef,
+            entropy_gradient=algorithm.entropy_coef > 0,
+        )
         reports = self._all("update", lambda gang, _: gang.begin("update", lambda rank, __: rank.update.remote(experience, plan)))
         return reports["policy"][0], reports["critic"][0] if "critic" in reports else None
 

@@ -17,9 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, TokenValues
+from pipeline.algorithms.a2c import A2C
 from pipeline.algorithms.base import Advantages, Algorithm, Trajectories
+from pipeline.algorithms.grpo import GRPO
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.reinforce import Reinforce
+from pipeline.algorithms.reinforce_baseline import ReinforceBaseline
+from pipeline.algorithms.reinforce_pp import ReinforcePP
+from pipeline.algorithms.rloo import RLOO
 from pipeline.assemble import Assembler, AssemblyReport, assemble
 
 seeds = st.integers(0, 2**32 - 1)
@@ -281,6 +286,19 @@ def test_without_a_reference_there_is_no_penalty_and_no_kl() -> None:
     assert table["reference_logprobs"].to_pylist() == [[0] * 6, [0] * 3]
 
 
+@pytest.mark.parametrize(("kind", "kl"), [("k1", [0.5, 0, 0.25]), ("k2", [0.125, 0, 0.03125]), ("k3", [math.exp(-0.5) - 0.5, 0, math.exp(-0.25) - 0.75])])
+def test_the_penalty_is_of_the_estimator_that_was_asked_for(kind: Any, kl: list[float]) -> None:
+    _, table = run(Shaped(kl_coef=2.0, kl_estimator=kind), [A, B])
+    rewards = [r for r, acted in zip(table["advantages"].to_pylist()[0], A.acted, strict=True) if acted]
+    assert rewards == pytest.approx([-2 * kl[0], -2 * kl[1], 3 - 2 * kl[2]])
+
+
+def test_a_penalty_in_the_loss_is_not_in_the_rewards() -> None:
+    report, table = run(Shaped(kl_coef=2.0, kl_in="loss"), [A, B])
+    assert table["advantages"].to_pylist() == [[0, 0, 0, 0, 0, 3], [0, 0, 1]]
+    assert report.kl_per_rollout == pytest.approx((0.5 + 0.25 - 1) / 2)
+
+
 def test_without_a_critic_values_are_zero() -> None:
     report, table = run(Reinforce(whiten_advantages=False), [A, B])
     assert table["values"].to_pylist() == [[0] * 6, [0] * 3]
@@ -298,12 +316,17 @@ def test_the_kl_penalty_compares_the_learners_own_log_probs_when_they_are_given(
     assert table["advantages"].to_pylist() == [[0, 0, -2.0, -1.5, 0, 3 - 2.5], [0, 0, 1 - 2.0]]
 
 
-def test_what_stands_at_prompt_and_environment_tokens_is_not_read() -> None:
+EVERY = [PPO(kl_coef=0.3), Reinforce(kl_coef=0.3), ReinforceBaseline(kl_coef=0.3, baseline="leave_one_out"), A2C(kl_coef=0.3, n_steps=2),
+         RLOO(kl_coef=0.3), GRPO(kl_coef=0.3), GRPO(kl_coef=0.3, kl_in="reward"), ReinforcePP(kl_coef=0.3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", EVERY, ids=lambda algorithm: algorithm.name)
+def test_what_stands_at_prompt_and_environment_tokens_is_not_read(algorithm: Algorithm) -> None:
     def spoiled(column: list[float]) -> list[float]:
         return [x if a else NAN for x, a in zip(column, A.acted, strict=True)]
 
     bad = dataclasses.replace(A, logprobs=spoiled(A.logprobs), reference=spoiled(A.reference), values=spoiled(A.values))
-    (report, table), (good, expected) = (run(PPO(kl_coef=0.3), [s, B]) for s in (bad, A))
+    (report, table), (good, expected) = (run(algorithm, [s, B]) for s in (bad, A))
     assert report == good
     for name in ("advantages", "returns"):
         assert table[name].equals(expected[name])

@@ -79,7 +79,10 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
         (["plan", "torn.toml"], "torn.toml: must be TOML: Invalid value (at end of document)"),
         (["plan", "odd.toml"], "odd.toml: steps: input should be greater than or equal to 1, got 0\nmodle: unknown key; did you mean model?\n"),
         (["plan", "walks", "--sampling.top-k", "3"], "sampling: top_k must be 0 and top_p 1 in training, got 3 and 1.0"),
-        (["plan", "walks", "--algorithm.name", "grpq"], "walks.toml: algorithm.name: must be one of 'ppo', 'reinforce', got 'grpq'"),
+        (
+            ["plan", "walks", "--algorithm.name", "grpq"],
+            "walks.toml: algorithm.name: must be one of 'ppo', 'reinforce', 'reinforce_baseline', 'a2c', 'rloo', 'grpo', 'reinforce_pp', got 'grpq'",
+        ),
         (["plan", "walks", "--task", "chess"], "task: must be one of smalltalk, walks or an import path package.module:name, got 'chess'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -6,18 +6,20 @@ import ast
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from cluster.config import Config
 from pipeline.algorithms.ppo import PPO
+from pipeline.algorithms.registry import AnyAlgorithm
 from pipeline.algorithms.reinforce import Reinforce
 from pipeline.config import RunConfig, check, leaves, load, recipe_path, save
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "pipeline" / "recipes").glob("*.toml"))
+ALGORITHMS = "'ppo', 'reinforce', 'reinforce_baseline', 'a2c', 'rloo', 'grpo', 'reinforce_pp'"
 MINIMAL = 'task = "walks"\nsteps = 2\nmodel.path = "gpt2"\n'
 
 
@@ -185,7 +187,7 @@ def test_an_unknown_key_suggests_the_nearest(text: str, message: str, tmp_path: 
         ("[rollout]\nslots = 12", "rollout.slots: input should be a multiple of 8, got 12"),
         ('[sampling]\nstop = "a"', "sampling.stop: input should be a valid tuple, got 'a'"),
         ("[cluster]\nshare_devices = 3", "cluster.share_devices: input should be a valid boolean, unable to interpret input, got 3"),
-        ('[algorithm]\nname = "grpq"', "algorithm.name: must be one of 'ppo', 'reinforce', got 'grpq'"),
+        ('[algorithm]\nname = "grpq"', f"algorithm.name: must be one of {ALGORITHMS}, got 'grpq'"),
         ("[algorithm]\nlam = 1", "algorithm.name: must be given"),
         ('[algorithm]\nname = "ppo"\nlam = 2', "algorithm.lam: input should be less than or equal to 1, got 2"),
     ],
@@ -219,7 +221,9 @@ def test_what_is_not_toml_is_refused(text: bytes, tmp_path: Path) -> None:
 class Grouped(PPO):
     """An algorithm that compares the samples of one prompt."""
 
-    min_group_size: ClassVar[int] = 2
+    @property
+    def min_group_size(self) -> int:
+        return 2
 
 
 RULES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
@@ -329,7 +333,8 @@ def test_what_is_saved_is_the_same_run_again_with_every_default_spelled_out(text
     save(config, tmp_path / "config.toml")
     assert load(tmp_path / "config.toml") == config
     spelled = keys(tomllib.loads((tmp_path / "config.toml").read_text(encoding="utf-8")))
-    others = {f"algorithm.{field}" for field in (PPO.model_fields.keys() | Reinforce.model_fields.keys()) - type(config.algorithm).model_fields.keys()}
+    kinds = get_args(get_args(AnyAlgorithm)[0])
+    others = {f"algorithm.{field}" for kind in kinds for field in kind.model_fields.keys() - type(config.algorithm).model_fields.keys()}
     assert set(spelled) == set(leaves(RunConfig)) - others
 
 
@@ -339,5 +344,5 @@ def test_another_algorithm_keeps_the_settings_it_has_too(tmp_path: Path) -> None
     assert load(path).algorithm == PPO(kl_coef=0.5, gamma=0.9, lam=0.5)
     assert load(path, algorithm="reinforce").algorithm == Reinforce(kl_coef=0.5, gamma=0.9)
     assert load(path, algorithm="ppo") == load(path)
-    with pytest.raises(ValueError, match=r"algorithm\.name: must be one of 'ppo', 'reinforce', got 'grpq'$"):
+    with pytest.raises(ValueError, match=rf"algorithm\.name: must be one of {ALGORITHMS}, got 'grpq'$"):
         load(path, algorithm="grpq")
