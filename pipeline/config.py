@@ -20,6 +20,7 @@ from actors.config import LearnerConfig, ReferenceConfig, RewardConfig, RolloutC
 from cluster.config import ClusterConfig, Config
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.registry import AnyAlgorithm
+from pipeline.algorithms.shaping import ShapingConfig
 
 
 class ModelConfig(Config):
@@ -119,6 +120,7 @@ class RunConfig(Config):
     finetune: FinetuneConfig = FinetuneConfig()
     batch: BatchConfig = BatchConfig()
     algorithm: AnyAlgorithm = PPO()
+    shaping: ShapingConfig = ShapingConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
@@ -173,6 +175,11 @@ def _algorithm_rules(config: RunConfig) -> None:
             f"batch.group_size: must be >= {algorithm.min_group_size} for algorithm {algorithm.name!r}, got {group_size}; it compares samples of one prompt"
         )
     algorithm.rules()
+    overlong, longest = config.shaping.overlong_tokens, config.sampling.max_new_tokens
+    if overlong > longest:
+        raise ValueError(
+            f"shaping.overlong_tokens: must be <= sampling.max_new_tokens = {longest}, got {overlong}; they are the last ones of a completion, so lower it"
+        )
 
 
 def _sampling_rules(config: RunConfig) -> None:

@@ -89,7 +89,7 @@ def _experience(run_dir: Path, step: int) -> Experience:
 
 def _advantages(config: RunConfig, experience: Experience, kl_coef: float) -> list[Compared]:
     """The step assembled again from its own columns."""
-    from pipeline.assemble import assemble
+    from pipeline.assemble import Assembly, assemble
 
     table = experience.table
     ids = table["sample_id"]
@@ -100,8 +100,9 @@ def _advantages(config: RunConfig, experience: Experience, kl_coef: float) -> li
     ).table
     reference = [pa.table({"sample_id": ids, "logprobs": table["reference_logprobs"]})] if config.algorithm.needs_reference else []
     values = [pa.table({"sample_id": ids, "values": table["values"]})] if config.algorithm.needs_critic else []
-    counts = (1, 1, len(reference), len(values), 0)
-    _, again = assemble(config.algorithm, kl_coef, ids.to_pylist(), counts, rollouts, scores, *reference, *values)
+    proximal = [pa.table({"sample_id": ids, "logprobs": table["proximal_logprobs"]})] if config.algorithm.needs_proximal else []
+    counts = (1, 1, len(reference), len(values), len(proximal))
+    _, again = assemble(Assembly.of(config, kl_coef), ids.to_pylist(), counts, rollouts, scores, *reference, *values, *proximal)
     return [_column(name, table, again) for name in ("advantages", "returns")]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from actors import ragged
-from actors.experience import Prompts, Rollouts, Scores
+from actors.experience import Prompts, Rollouts, Scores, TokenLogprobs
 from actors.learner import LearnerReady, ShardReport, UpdatePlan, UpdateReport
 from actors.reward import RewardReport
 from actors.rollout import RolloutReport
@@ -114,6 +114,13 @@ class FakeLearner:
 
     def connect(self, address: str, port: int) -> LearnerReady:
         return LearnerReady(parameters=1, trainable=1, device="cpu", dtype="float32", context=64, checksum=self.model)
+
+    def infer(self, *parts: pa.Table) -> tuple[None, pa.Table]:
+        """It finds every sampled token a quarter of a nat likelier than the sampler did."""
+        table = Rollouts.concat([Rollouts(part) for part in parts]).table
+        logprobs, offsets = ragged.flat(table["logprobs"])
+        own = ragged.unflat(np.where(logprobs != 0, logprobs + np.float32(0.25), 0), offsets, pa.float32())
+        return None, TokenLogprobs.of({"sample_id": table["sample_id"].to_numpy(), "logprobs": own}).table
 
     def update(self, experience: pa.Table, plan: UpdatePlan) -> UpdateReport:
         if plan.step == self.die_step and (not self.die_at or _once(self.die_at)):

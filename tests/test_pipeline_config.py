@@ -243,6 +243,15 @@ RULES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         {"algorithm": {"kl_target": 6.0}},
         "algorithm.kl_coef: must be > 0 when algorithm.kl_target is 6, got 0; the controller multiplies it, so give it a start value, or remove kl_target",
     ),
+    "a penalty for more tokens than there are": (
+        {"shaping": {"overlong_tokens": 10}},
+        "shaping.overlong_tokens: must be <= sampling.max_new_tokens = 9, got 10; they are the last ones of a completion, so lower it",
+    ),
+    "a cap without weights": (
+        {"algorithm": {"importance_cap": 2.0}},
+        "algorithm.decoupled: must be true when algorithm.importance_cap is 2, got false; "
+        "the cap limits the decoupled objective's weights, so set it, or remove importance_cap",
+    ),
     "top-k": (
         {"sampling": {"top_k": 5}},
         "sampling: top_k must be 0 and top_p 1 in training, got 5 and 1.0; the learner could not recompute the log-probs of a cut-off distribution",

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from cluster.faults import RunError
 from cluster.session import Session
 from cluster.storage import Folder
 from driver_setup import config, fake_driver
+from pipeline.algorithms.reinforce import Reinforce
 from pipeline.config import RunConfig
 from pipeline.driver import Driver
 from pipeline.observe.metrics import StepMetrics
@@ -82,6 +84,18 @@ def test_a_sample_without_reward_is_quarantined_and_the_step_refilled(ray_sessio
     assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (26, 24, 1, 1, 0)
     rewards = Experience.read(tmp_path / "experience" / "step=0" / "experience.parquet").table["reward"].to_numpy()
     assert not np.isnan(rewards).any()
+
+
+@pytest.mark.parametrize(("options", "proximal"), [pytest.param({}, -1.5, marks=pytest.mark.slow), ({"decoupled": True}, -1.25)])
+def test_the_learner_is_asked_for_its_own_log_probs_where_the_algorithm_needs_them(
+    options: dict[str, Any], proximal: float, ray_session: Session, tmp_path: Path
+) -> None:
+    run = config(steps=1).model_copy(update={"algorithm": Reinforce(**options)})
+    with fake_driver(ray_session, run, tmp_path, fail=(2,)) as driver:
+        driver.run(tmp_path / "policy")
+    table = Experience.read(tmp_path / "experience" / "step=0" / "experience.parquet").table
+    assert table["proximal_logprobs"].to_pylist() == [[0, 0, *[proximal] * 3]] * 12
+    assert table["logprobs"].to_pylist() == [[0, 0, *[-1.5] * 3]] * 12
 
 
 @pytest.mark.slow

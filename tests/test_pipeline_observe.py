@@ -36,6 +36,7 @@ ASSEMBLED = AssemblyReport(
     prompt_tokens=100,
     reward_mean=0.5,
     reward_std=0.25,
+    shaped_mean=0.375,
     kl_per_rollout=1.5,
     kl_per_token=0.125,
     advantage_std=1.0,
@@ -106,6 +107,7 @@ def test_the_numbers_of_a_step() -> None:
     expected = {
         "reward/mean": 0.5,
         "reward/std": 0.25,
+        "reward/shaped_mean": 0.375,
         "kl/per_rollout": 1.5,
         "kl/per_token": 0.125,
         "kl/coef": 0.2,
@@ -143,6 +145,7 @@ def test_the_numbers_of_a_step() -> None:
         "ledger/quarantined": 3.0,
         "ledger/in_flight": 5.0,
         "ledger/reissued": 7.0,
+        "incident/rolled_back": 1.0,
     }
     assert values == expected
 
