@@ -70,6 +70,12 @@ class BatchConfig(Config):
     group_size: int = Field(default=1, ge=1)
     """Samples of each prompt."""
 
+    dynamic_sampling: bool = False
+    """Leave out groups whose scores are all the same, which compare to nothing, and fill the step up from fresh prompts (DAPO, Yu et al. 2025)."""
+
+    max_refills: int = Field(default=8, ge=1)
+    """Groups that may be issued to fill one step up, in multiples of the step, before the run stops."""
+
     epochs: int = Field(default=4, ge=1)
     """Passes over a step's experience, reshuffled each time."""
 
@@ -162,6 +168,8 @@ def _batch_rules(config: RunConfig) -> None:
         raise ValueError(
             f"batch.minibatches: must be <= batch.prompts * batch.group_size = {batch.samples}, got {batch.minibatches}; lower it or raise batch.prompts"
         )
+    if batch.dynamic_sampling and batch.group_size < 2:
+        raise ValueError(f"batch.group_size: must be >= 2 when batch.dynamic_sampling is true, got {batch.group_size}; one sample has no variance")
     if config.rollout.chunk_size < batch.group_size:
         raise ValueError(f"rollout.chunk_size: must be >= batch.group_size = {batch.group_size}, got {config.rollout.chunk_size}; a group is never split")
     if config.reward.function and config.reward.model:

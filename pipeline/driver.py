@@ -171,8 +171,9 @@ class Driver:
         policy, critic = self.learners.update(assembled.experience, assembled.batch.step, self.kl.coef)
         update = Update(batch=assembled.batch, summary=assembled.report, policy=policy, critic=critic)
         update.check(self.config)
-        self.ledger.close(assembled.batch.chunks, trained=update.policy.samples)
-        for chunk in assembled.batch.chunks:
+        ended = (*assembled.batch.chunks, *assembled.batch.emptied)
+        self.ledger.close(ended, trained=update.policy.samples)
+        for chunk in ended:
             self.buffer.forget(chunk)
         self.clock.lap("learn")
         return update

@@ -231,6 +231,10 @@ RULES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         {"batch": {"prompts": 3, "group_size": 2, "minibatches": 7}},
         "batch.minibatches: must be <= batch.prompts * batch.group_size = 6, got 7; lower it or raise batch.prompts",
     ),
+    "no variance among one": (
+        {"batch": {"dynamic_sampling": True}},
+        "batch.group_size: must be >= 2 when batch.dynamic_sampling is true, got 1; one sample has no variance",
+    ),
     "a group that is split": (
         {"batch": {"group_size": 9}, "rollout": {"chunk_size": 8}},
         "rollout.chunk_size: must be >= batch.group_size = 9, got 8; a group is never split",
