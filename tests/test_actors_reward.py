@@ -240,7 +240,7 @@ def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(ray
         ("length", "must be package.module:name"),
         ("no_such_package.rewards:f", "No module named 'no_such_package'"),
         ("test_actors_reward:nothing", "no such name in the module"),
-        ("test_actors_reward:not_callable", "must be callable, got 'test_actors_reward:not_callable': a int"),
+        ("test_actors_reward:not_callable", "must be callable, got 'test_actors_reward:not_callable': of type int"),
     ],
 )
 def test_function_that_cannot_be_had_is_named(path: str, problem: str) -> None:

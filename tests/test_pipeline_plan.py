@@ -135,7 +135,7 @@ def test_memory_of_each_role_at_gpt2_size() -> None:
     ("updates", "message"),
     [
         ({"reward": {"function": "nowhere:f"}}, r"^reward\.function: must be importable, got 'nowhere:f': No module named 'nowhere'"),
-        ({"reward": {"function": "math:pi"}}, r"^reward\.function: must be callable, got 'math:pi': a float"),
+        ({"reward": {"function": "math:pi"}}, r"^reward\.function: must be callable, got 'math:pi': of type float"),
         ({"sampling": {"temperature": 0.0}}, r"^sampling\.temperature: must be > 0"),
         ({"policy": {"gpus": 2.0}}, r"^policy\.gpus: must be at most 1, got 2"),
     ],
