@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
+from actors.objective import ActionTokens
+from pipeline.algorithms import registry
 from pipeline.algorithms.a2c import A2C
 from pipeline.algorithms.base import Trajectories
 from pipeline.algorithms.estimators import discounted_returns, gae, token_rewards, whiten
@@ -327,6 +333,43 @@ def test_identities(seed: int, gamma: float) -> None:
 def test_without_std_two_samples_are_half_of_rloo(pairs: list[tuple[float, float]]) -> None:
     batch = grouped({g: list(pair) for g, pair in enumerate(pairs)})
     assert torch.allclose(GRPO(std=False).advantages(batch).advantages, RLOO().advantages(batch).advantages / 2)
+
+
+def test_the_readmes_example_is_registered_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the README says is done to the letter: the file, the import, the name in the union. Then a recipe may name it."""
+    folder = Path(registry.__file__).parent
+    [example] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    said = re.search(r"`\.\.\. \| ReinforcePP( \| \w+)`", (folder / "README.md").read_text())
+    assert said
+    body = example[example.index("class ") :]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 11, "the class line and ten more"
+    (tmp_path / "raft.py").write_text(example)
+    source = (folder / "registry.py").read_text().replace(" | ReinforcePP", f" | ReinforcePP{said[1]}")
+    (tmp_path / "registry_with_raft.py").write_text(source.replace("from pydantic import Field\n", "from pydantic import Field\nfrom raft import Raft\n"))
+    monkeypatch.syspath_prepend(tmp_path)
+    extended = importlib.import_module("registry_with_raft").AnyAlgorithm
+    raft = TypeAdapter(extended).validate_python({"name": "raft", "aggregation": "constant"})
+    batch = grouped({0: [6, 3], 1: [9, 12], 2: [1]})
+    advantages = raft.advantages(batch).advantages[:, 0]
+    assert advantages.tolist() == [1, 0, 0, 1, 0]
+    new = torch.full((5,), -2.0, requires_grad=True)
+    old = torch.full((5,), -2.0)
+    names = ("logprobs", "proximal_logprobs", "reference_logprobs", "values", "returns")
+    actions = ActionTokens(row=torch.arange(5), rows=5, advantages=advantages, **dict.fromkeys(names, old))
+    loss, _ = raft.policy_loss(new, old, actions)
+    loss.sum().backward()
+    assert loss.tolist() == [2, 0, 0, 2, 0]
+    assert new.grad is not None
+    assert new.grad.tolist() == [-1, 0, 0, -1, 0]
+
+
+def test_the_readmes_table_names_every_algorithm_and_every_option() -> None:
+    text = (Path(registry.__file__).parent / "README.md").read_text()
+    kinds = get_args(get_args(registry.AnyAlgorithm)[0])
+    for kind in kinds:
+        assert f"| `{kind.model_fields['name'].default}` |" in text
+    everywhere = set(text.replace("`", " ").replace(",", " ").split())
+    assert {field for kind in kinds for field in kind.model_fields} - everywhere <= {"gamma", "lam", "name"}  # in the formulas, as γ and λ
 
 
 def test_needs_are_declared() -> None:

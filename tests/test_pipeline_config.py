@@ -55,7 +55,7 @@ def keys(table: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def test_the_bundled_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"quickstart", "walks"}
+    assert {path.stem for path in RECIPES} >= {"lm-human-preferences", "quickstart", "walks"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -67,6 +67,22 @@ def test_a_bundled_recipe_loads_and_has_at_most_25_keys(path: Path) -> None:
     assert recipe_path(path.stem) == path
     assert recipe_path(str(path)) == path
     assert check(config) is config
+
+
+def test_lm_human_preferences_has_the_documented_details() -> None:
+    """By their numbers in Huang et al. 2023. What each key does is held where the key is read."""
+    config = load(recipe_path("lm-human-preferences"))
+    algorithm, shaping, sampling = config.algorithm, config.shaping, config.sampling
+    assert isinstance(algorithm, PPO)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 0, 1.0)  # 3, 4
+    assert (shaping.missing_eos, shaping.eos_penalty, sampling.stop) == ("replace", -1.0, (".",))  # 6
+    assert (shaping.whiten, algorithm.whiten_advantages) == ("scale", True)  # 7
+    assert (config.batch.epochs, algorithm.clip_low, algorithm.clip_high, algorithm.value_clip) == (4, 0.2, 0.2, 0.2)  # 9
+    assert all((learner.adam_epsilon, learner.schedule) == (1e-5, "linear") for learner in (config.policy, config.critic))  # 9
+    assert (algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon, algorithm.kl_in, algorithm.kl_estimator) == (0.15, 6.0, 10_000, "reward", "k1")  # 10
+    assert (algorithm.gamma, algorithm.lam) == (1.0, 0.95)
+    assert config.batch.samples * config.steps // 10_000 == 99  # a million episodes
+    assert (algorithm.needs_critic, algorithm.needs_reference, algorithm.needs_proximal) == (True, True, False)
 
 
 def test_an_unknown_recipe_is_told_which_there_are() -> None:

@@ -31,7 +31,7 @@ class Trajectories:
 
     rewards: Tensor  # (B, A) float32, KL penalty and score included; 0 where not real
     values: Tensor  # (B, A) float32, V(s_t); 0 without a critic
-    scores: Tensor  # (B,) float32
+    scores: Tensor  # (B,) float32, shaped
     groups: Tensor  # (B,) int64 in [0, groups)
     mask: Tensor  # (B, A) bool
 
