@@ -3,9 +3,9 @@
 consumes: Rollouts -> log-probs or values; Experience -> weight updates; publishes whole weights.
 Every rank is given the whole table and every public method is called on all ranks together; the ranks divide the rows among themselves.
 
-The loss of a minibatch is a sum over its action tokens, each weighted by 1 / (action tokens of the whole minibatch) (`token_mean`) or
-1 / (rows * action tokens of its own row) (`sequence_mean`). Both are known from the table, so the gradient is the same for every
-number of ranks, micro-batch size, ZeRO stage and padding.
+The loss of a minibatch is a sum over its action tokens, each weighted by 1 / (action tokens of the whole minibatch) (`token_mean`),
+1 / (rows * action tokens of its own row) (`sequence_mean`) or 1 / (rows * a constant) (`constant`). All are known from the table, so the
+gradient is the same for every number of ranks, micro-batch size, ZeRO stage and padding.
 
 What was left out: dropout (off in RLHF: Huang et al. 2023, detail 2) and gradient checkpointing.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from actors.deepspeed_engine import DeepSpeedEngine, StepReport
 from actors.device import assigned_compute, torch_dtype
 from actors.experience import Experience, Rollouts, TokenLogprobs, TokenValues
 from actors.micro_batches import Batch, Rows, deal, in_row_order, minibatches
-from actors.model import PolicyModel, TokenInputs, ValueModel, load_causal_lm, load_tokenizer, save_causal_lm
+from actors.model import Entropy, PolicyModel, TokenInputs, ValueModel, load_causal_lm, load_tokenizer, save_causal_lm
 from actors.objective import ActionTokens, PolicyObjective, ValueObjective
 from actors.schedule import learning_rate
 from actors.shards import open_shards, write_shard
@@ -65,13 +66,20 @@ class InferReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdatePlan:
-    """How one step's experience is trained on. step: counted from 0, and every step of the run takes epochs * minibatches updates."""
+    """How one step's experience is trained on. step: counted from 0, and every step of the run takes epochs * minibatches updates.
+
+    constant: tokens that a row counts for under the aggregation `constant`. kl_coef: of a KL penalty in the loss, in this step.
+    entropy_gradient: whether the objective differentiates the entropy.
+    """
 
     step: int
     epochs: int
     minibatches: int
     seed: int
-    aggregation: Literal["token_mean", "sequence_mean"]
+    aggregation: Literal["token_mean", "sequence_mean", "constant"]
+    constant: int = 1
+    kl_coef: float = 0.0
+    entropy_gradient: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +165,7 @@ class Learner:
         parts = []
         with torch.no_grad():
             for rows in micro:
-                values = self._forward(batch.inputs(rows if len(rows) else _filler(batch)), entropy=False)[0]
+                values = self._forward(batch.inputs(rows if len(rows) else _filler(batch)), "none")[0]
                 if len(rows):
                     parts.append(batch.aligned(rows, values))
         own, column = in_row_order([rows for rows in micro if len(rows)], parts)
@@ -173,7 +181,7 @@ class Learner:
     def update(self, experience: pa.Table, plan: UpdatePlan) -> UpdateReport:
         """Train on a step's Experience: epochs * minibatches optimiser steps, each on a minibatch of the whole step."""
         started = time.perf_counter()
-        batch = Batch(Experience(experience).table, self._device)
+        batch = Batch(Experience(experience).table, self._device, plan.kl_coef)
         tally = Tally(self._device, epochs=plan.epochs, tokens=plan.epochs * int(batch.action_offsets[-1]))
         steps: list[StepReport] = []
         rate = 0.0
@@ -187,7 +195,7 @@ class Learner:
                     schedule=self.config.schedule,
                     warmup_fraction=self.config.warmup_fraction,
                 )
-                self._accumulate(batch, rows, plan.aggregation, tally, untrained=epoch == i == 0)
+                self._accumulate(batch, rows, plan, tally, untrained=epoch == i == 0)
                 steps.append(self._engine.step(rate))
         return tally.report(self._engine, steps, rate, seconds=time.perf_counter() - started)
 
@@ -235,24 +243,24 @@ class Learner:
     def _share(self, rows: Rows, batch: Batch) -> list[Rows]:
         return deal(rows, batch.lengths, ranks=self.ranks, micro_batch_size=self.config.micro_batch_size)[self.rank]
 
-    def _forward(self, inputs: TokenInputs, *, entropy: bool) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: TokenInputs, entropy: Entropy) -> tuple[Tensor, Tensor]:
         """(log-probs or values (N,), entropy (N,)); the entropy is empty where nobody asked for it."""
         if self.role == "policy":
             return self._engine.forward(inputs, entropy=entropy)  # type: ignore[no-any-return]
         values = self._engine.forward(inputs)
         return values, values.new_empty(0)
 
-    def _accumulate(self, batch: Batch, minibatch: Rows, aggregation: str, tally: Tally, *, untrained: bool) -> None:
+    def _accumulate(self, batch: Batch, minibatch: Rows, plan: UpdatePlan, tally: Tally, *, untrained: bool) -> None:
         """Forward and backward over this rank's share of a minibatch. untrained: before any update, so the ratio must still be 1."""
-        counts = batch.action_counts(minibatch)
-        whole = int(counts.sum()) if aggregation == "token_mean" else len(minibatch)
+        entropy_wanted: Entropy = "gradient" if plan.entropy_gradient else "value"
+        whole = _whole(plan, batch.action_counts(minibatch))
         micro = self._share(minibatch, batch)
         for i, rows in enumerate(micro):
             inputs, actions = batch.micro_batch(rows if len(rows) else _filler(batch))
-            new, entropy = self._forward(inputs, entropy=True)
+            new, entropy = self._forward(inputs, entropy_wanted)
             loss, statistics = self._loss(new, entropy, actions)
             weights = torch.full_like(loss, 1 / max(whole, 1))
-            if aggregation == "sequence_mean":
+            if plan.aggregation == "sequence_mean":
                 weights = weights / torch.bincount(actions.row, minlength=actions.rows)[actions.row]
             if not len(rows):
                 weights = torch.zeros_like(loss)
@@ -266,6 +274,11 @@ class Learner:
         if self.role == "policy":
             return self._objective.policy_loss(new, entropy, actions)  # type: ignore[union-attr]
         return self._objective.value_loss(new, actions)  # type: ignore[union-attr]
+
+
+def _whole(plan: UpdatePlan, counts: npt.NDArray[np.int64]) -> int:
+    """What the losses of a minibatch are divided by, from the action tokens of each of its rows."""
+    return {"token_mean": int(counts.sum()), "sequence_mean": len(counts), "constant": len(counts) * plan.constant}[plan.aggregation]
 
 
 def _filler(batch: Batch) -> Rows:

@@ -57,8 +57,10 @@ class Batch:
 
     COLUMNS = ("logprobs", "proximal_logprobs", "reference_logprobs", "values", "advantages", "returns")
 
-    def __init__(self, table: pa.Table, device: torch.device) -> None:
+    def __init__(self, table: pa.Table, device: torch.device, kl_coef: float = 0.0) -> None:
+        """kl_coef: what an objective is told of the step besides the table."""
         self.device = device
+        self.kl_coef = kl_coef
         self.sample_ids = table.column("sample_id").to_numpy()  # (R,)
         self.tokens, self.offsets = ragged.flat(table.column("tokens"))
         mask, mask_offsets = ragged.flat(table.column("action_mask"))
@@ -95,7 +97,7 @@ class Batch:
         index, offsets = ragged.take(self._actions, self.action_offsets, rows)
         row = np.repeat(np.arange(len(rows)), np.diff(offsets))
         columns = {name: self._tensor(self._columns[name][index], np.float32) for name in self.COLUMNS}
-        return ActionTokens(row=self._tensor(row, np.int64), rows=len(rows), **columns)
+        return ActionTokens(row=self._tensor(row, np.int64), rows=len(rows), kl_coef=self.kl_coef, **columns)
 
     def micro_batch(self, rows: Rows) -> tuple[TokenInputs, ActionTokens]:
         return self.inputs(rows), self.actions(rows)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Entropy = Literal["none", "value", "gradient"]
 _REMEDY = "choose a model of another family, such as Llama, Qwen2, Mistral or GPT-2"
 
 
@@ -136,19 +137,19 @@ class PolicyModel(nn.Module):
         self.causal_lm = causal_lm
         self.temperature = temperature
 
-    def forward(self, batch: TokenInputs, *, entropy: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: TokenInputs, *, entropy: Entropy = "none") -> tuple[Tensor, Tensor]:
         """(log-probs (N,), entropy (N,)), both float32, both at the sampling temperature (Huang et al. 2023, detail 3).
 
-        entropy: compute it, without a gradient; else it comes back empty.
+        entropy: "none", and it comes back empty; "value", without a gradient, which costs no memory; or with its "gradient", for a bonus in the loss.
         """
         logits = self.head(trunk_states(self.causal_lm, batch)).float()  # (N, V)
         if self.temperature not in (0.0, 1.0):
             logits = logits / self.temperature
         log_z = torch.logsumexp(logits, dim=-1)  # (N,)
         logprobs = logits.gather(-1, batch.targets[:, None]).squeeze(-1) - log_z
-        if not entropy:
+        if entropy == "none":
             return logprobs, logprobs.new_empty(0)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
             return logprobs, log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
 
     @property

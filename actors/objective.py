@@ -25,13 +25,15 @@ class ActionTokens:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    kl_coef: float = 0.0
+    """Of a KL penalty in the loss, as it is in this step."""
 
 
 class PolicyObjective(Protocol):
-    """Minimised by the policy learner."""
+    """Minimised by the policy learner. A rollout's tokens are always there together, so a loss may look at whole rollouts."""
 
     def policy_loss(self, logprobs: Tensor, entropy: Tensor, batch: ActionTokens) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each token (N,), and statistics (N,) to be averaged over all action tokens."""
+        """Loss of each token (N,), and statistics (N,) to be averaged over all action tokens; of one called *_max the greatest is kept."""
         ...
 
 

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -59,7 +59,7 @@ class RewardFunction(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardReport:
-    """What the driver learns of a scored chunk: scalars and the failed samples; the scores themselves stay in the table."""
+    """What the driver learns of a scored chunk: scalars, the failed samples and the groups without variance; the scores themselves stay in the table."""
 
     chunk: int
     attempt: int
@@ -69,6 +69,7 @@ class RewardReport:
     mean: float  # over the samples that are ok; nan when there are none
     seconds: float
     failures: dict[int, str]  # sample_id -> "timeout: ..." or "error: ..."
+    flat_groups: tuple[int, ...] = ()  # whose samples all have the same score
 
 
 class RewardWorker:
@@ -98,7 +99,9 @@ class RewardWorker:
             answers = self._call([prompts[row] for row in batch], [responses[row] for row in batch], [metadata[row] for row in batch])
             for row, answer in zip(batch, answers, strict=True):
                 scores[row] = answer
-        return _results(table["sample_id"].to_pylist(), scores, chunk=chunk, attempt=attempt, started=started)
+        flat = flat_groups(table["group_id"].to_pylist(), [reward for reward, _, _ in scores])
+        report, scored = _results(table["sample_id"].to_pylist(), scores, chunk=chunk, attempt=attempt, started=started)
+        return replace(report, flat_groups=flat), scored
 
     def _call(self, prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[Score]:
         """One score a sample. A batch that fails is called again sample by sample, so a failure is charged to its cause alone."""
@@ -165,6 +168,14 @@ class ClassifierReward:
         return [float(logit) for logit in logits[:, 0]]
 
 
+def flat_groups(groups: Sequence[int], rewards: Sequence[float]) -> tuple[int, ...]:
+    """Groups whose rewards are equal, in order; a NaN, which a failure has, is equal to nothing. Exact: a reward function says equal where it means it."""
+    of_group: dict[int, list[float]] = {}
+    for group, reward in zip(groups, rewards, strict=True):
+        of_group.setdefault(group, []).append(reward)
+    return tuple(sorted(group for group, own in of_group.items() if all(reward == own[0] for reward in own)))
+
+
 def load_reward(config: RewardConfig) -> RewardFunction:
     """The function or classifier a configuration names. Raises ValueError when it names neither or both."""
     if bool(config.function) == bool(config.model):
@@ -192,7 +203,7 @@ def load_function(path: str, field: str = "reward.function") -> Callable[..., An
         raise ValueError(f"{field}: must be importable, got {path!r}: {error}; put the module on PYTHONPATH or in the working directory") from error
     found = getattr(module, name, None)
     if not callable(found):
-        problem = "no such name in the module" if found is None else f"a {type(found).__name__}"
+        problem = "no such name in the module" if found is None else f"of type {type(found).__name__}"
         raise ValueError(f"{field}: must be callable, got {path!r}: {problem}; define it in {module.__file__}")
     return found  # type: ignore[no-any-return]
 

@@ -17,7 +17,7 @@ class UpdateReport:
 
     samples:          rollouts trained on, over all ranks.
     updates, skipped: optimiser steps taken, and dropped because a gradient was not finite.
-    loss:             mean over minibatches. statistics: the objective's, means over action_tokens, counted once an epoch.
+    loss:             mean over minibatches. statistics: the objective's, means over action_tokens, counted once an epoch; those called *_max are maxima.
     grad_norm, grad_norm_max: before clipping, over the steps taken.
     ratio_deviation:  max |exp(new - proximal) - 1| over the first minibatch before any update; 0 for the critic, which has no ratio.
     logprob_gap, logprob_gap_max: mean and max of |new - sampled| there; 0 for the critic.
@@ -49,6 +49,7 @@ class Tally:
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._loss = self._zero
         self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
         self._gap_sum, self._gap_tokens = self._zero, 0
         self._gap_max, self._deviation = self._zero, self._zero
 
@@ -56,6 +57,10 @@ class Tally:
         self._rows += rows
         self._loss = self._loss + loss.double()
         for name, values in statistics.items():
+            if name.endswith("_max"):
+                greatest = self._maxima.get(name, self._zero - torch.inf)
+                self._maxima[name] = torch.maximum(greatest, values.detach().max().double()) if len(values) else greatest
+                continue
             self._sums[name] = self._sums.get(name, self._zero) + values.detach().sum(dtype=torch.float64)
 
     def compare(self, new: Tensor, actions: ActionTokens) -> None:
@@ -68,11 +73,13 @@ class Tally:
         self._deviation = torch.maximum(self._deviation, deviation.max())
 
     def report(self, engine: DeepSpeedEngine, steps: list[StepReport], rate: float, *, seconds: float) -> UpdateReport:
-        names = sorted(self._sums)  # every rank ran the same objective, fillers included, so all have the same names
+        names, peaks = sorted(self._sums), sorted(self._maxima)  # every rank ran the same objective, fillers included, so all have the same names
+        greatest = [self._gap_max, self._deviation, *(self._maxima[n] for n in peaks)]
         counts = [self._zero + self._gap_tokens, self._zero + self._rows]
-        ranks = engine.gather(torch.stack([self._gap_max, self._deviation, self._gap_sum, *counts, self._loss, *(self._sums[n] for n in names)]))
-        gap_max, deviation = ranks[:, :2].amax(0).tolist()
-        gap, gap_tokens, rows, loss, *sums = ranks[:, 2:].sum(0).tolist()
+        ranks = engine.gather(torch.stack([*greatest, self._gap_sum, *counts, self._loss, *(self._sums[n] for n in names)]))
+        gap_max, deviation, *maxima = ranks[:, : len(greatest)].amax(0).tolist()
+        gap, gap_tokens, rows, loss, *sums = ranks[:, len(greatest) :].sum(0).tolist()
+        means = {name: total / max(self._tokens, 1) for name, total in zip(names, sums, strict=True)}
         norms = [s.grad_norm for s in steps if not s.skipped]
         return UpdateReport(
             samples=round(rows / self._epochs),
@@ -82,7 +89,7 @@ class Tally:
             grad_norm=sum(norms) / max(len(norms), 1),
             grad_norm_max=max(norms, default=0.0),
             learning_rate=rate,
-            statistics={name: total / max(self._tokens, 1) for name, total in zip(names, sums, strict=True)},
+            statistics=means | dict(zip(peaks, maxima, strict=True)),
             ratio_deviation=deviation,
             logprob_gap=gap / max(gap_tokens, 1),
             logprob_gap_max=gap_max,

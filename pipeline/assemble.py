@@ -1,7 +1,7 @@
 """Rollouts, scores, reference log-probs and values become experience: one call over the whole step, in an actor beside the driver.
 
 Everything that must see the whole step at once happens here, so that it cannot depend on ranks or micro-batches:
-KL penalty, returns, advantages, whitening. Tables come in by chunk or by rank, in any order; they are joined by
+reward shaping, KL penalty, returns, advantages, whitening. Tables come in by chunk or by rank, in any order; they are joined by
 sample_id and leave in the order of `sample_ids`.
 
 An actor and not a Ray task: a step longer than a second lets Ray end a task's idle process, and the next would import torch again.
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,28 @@ from actors import ragged
 from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, TokenValues
 from pipeline.algorithms.base import Algorithm, Trajectories
 from pipeline.algorithms.estimators import token_rewards, whiten
+from pipeline.algorithms.losses import kl_estimate
+from pipeline.algorithms.shaping import ShapingConfig, shape_scores, shape_token_rewards
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 Counts = tuple[int, int, int, int, int]
 Typed = TypeVar("Typed", Rollouts, Scores, TokenLogprobs, TokenValues)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """How experience is made. kl_coef: as it is in this step; max_new_tokens: longest completion."""
+
+    algorithm: Algorithm
+    kl_coef: float
+    shaping: ShapingConfig
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, config: RunConfig, kl_coef: float) -> Assembly:
+        return cls(algorithm=config.algorithm, kl_coef=kl_coef, shaping=config.shaping, max_new_tokens=config.sampling.max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +60,17 @@ class StepTables:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssemblyReport:
-    """What the driver learns of a step's experience: scalars only. KL in nats, nan without a reference; lengths in tokens."""
+    """What the driver learns of a step's experience: scalars only. KL in nats, nan without a reference; lengths in tokens.
+
+    reward: as the reward function gave it. shaped_mean: of the scores as the algorithm was given them.
+    """
 
     samples: int
     action_tokens: int
     prompt_tokens: int
     reward_mean: float
     reward_std: float
+    shaped_mean: float
     kl_per_rollout: float
     kl_per_token: float
     advantage_std: float
@@ -59,8 +82,8 @@ class AssemblyReport:
     token_distinct_2: float
 
 
-def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], counts: Counts, *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
-    """Join, estimate, whiten. `counts`: how many of `tables` are rollouts, scores, reference, values, proximal, in that order.
+def assemble(how: Assembly, sample_ids: Sequence[int], counts: Counts, *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
+    """Join, shape, estimate, whiten. `counts`: how many of `tables` are rollouts, scores, reference, values, proximal, in that order.
 
     (Ray resolves references only among a call's own arguments, hence the flat list.)
     """
@@ -79,17 +102,20 @@ def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], co
     kl = proximal - reference if parts.reference else none
 
     grid = _ActionGrid(acted, offsets)
-    score = torch.from_numpy(scores["reward"].to_numpy().copy())
-    estimates = algorithm.advantages(
+    stopped = torch.from_numpy(pc.equal(rollouts["finish"], "stop").to_numpy())
+    score = shape_scores(how.shaping, torch.from_numpy(scores["reward"].to_numpy().copy()), stopped, grid.mask.sum(dim=1), how.max_new_tokens)
+    penalty = how.kl_coef if how.algorithm.kl_in == "reward" else 0.0
+    rewards = token_rewards(score, kl_estimate(grid.pad(kl), how.algorithm.kl_estimator), grid.mask, kl_coef=penalty)
+    estimates = how.algorithm.advantages(
         Trajectories(
-            rewards=token_rewards(score, grid.pad(kl), grid.mask, kl_coef=kl_coef),
+            rewards=shape_token_rewards(how.shaping, rewards, grid.mask),
             values=grid.pad(values),
             scores=score,
             groups=torch.from_numpy(np.unique(rollouts["group_id"].to_numpy(), return_inverse=True)[1]),
             mask=grid.mask,
         )
     )
-    advantages = whiten(estimates.advantages, grid.mask) if algorithm.whiten_advantages else estimates.advantages
+    advantages = whiten(estimates.advantages, grid.mask) if how.algorithm.whiten_advantages else estimates.advantages
     added = {
         "proximal_logprobs": proximal,
         "reference_logprobs": reference,
@@ -99,15 +125,15 @@ def assemble(algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], co
     }
     columns = {name: rollouts[name] for name in Rollouts.schema.names} | {name: scores[name] for name in ("reward", "turn_rewards")}
     experience = Experience.of(columns | {name: ragged.unflat(column, offsets, pa.float32()) for name, column in added.items()})
-    return _report(experience, kl[acted] if parts.reference else np.full(1, np.nan), acted, offsets), experience.table
+    return _report(experience, float(score.mean()), kl[acted] if parts.reference else np.full(1, np.nan), acted, offsets), experience.table
 
 
 class Assembler:
     """The pure function `assemble` and the experience log as an actor, so that no token passes through the driver."""
 
-    def assemble(self, algorithm: Algorithm, kl_coef: float, sample_ids: Sequence[int], counts: Counts, *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
+    def assemble(self, how: Assembly, sample_ids: Sequence[int], counts: Counts, *tables: pa.Table) -> tuple[AssemblyReport, pa.Table]:
         """See `assemble`."""
-        return assemble(algorithm, kl_coef, sample_ids, counts, *tables)
+        return assemble(how, sample_ids, counts, *tables)
 
     def write(self, path: str, table: pa.Table) -> int:
         """Write a step's experience to Parquet and return its rows."""
@@ -161,7 +187,7 @@ def _aligned(column: pa.ChunkedArray, offsets: ragged.Array) -> ragged.Array:
     return values
 
 
-def _report(experience: Experience, kl: ragged.Array, acted: ragged.Array, offsets: ragged.Array) -> AssemblyReport:
+def _report(experience: Experience, shaped_mean: float, kl: ragged.Array, acted: ragged.Array, offsets: ragged.Array) -> AssemblyReport:
     table = experience.table
     rewards = table["reward"].to_numpy()
     returns, values = (ragged.flat(table[name])[0][acted] for name in ("returns", "values"))
@@ -172,6 +198,7 @@ def _report(experience: Experience, kl: ragged.Array, acted: ragged.Array, offse
         prompt_tokens=int((~acted).sum()),
         reward_mean=float(rewards.mean()),
         reward_std=float(rewards.std()),
+        shaped_mean=shaped_mean,
         kl_per_rollout=float(kl.sum() / len(experience)),
         kl_per_token=float(kl.mean()),
         advantage_std=float(ragged.flat(table["advantages"])[0][acted].std()),

@@ -20,6 +20,7 @@ class Batch:
 
     step: int
     chunks: tuple[int, ...]
+    emptied: tuple[int, ...]  # chunks that end with the step, and of which nothing is left to train on
     rollouts: tuple[ObjectRef, ...]  # one Rollouts table a chunk
     scores: tuple[ObjectRef, ...]  # one Scores table a chunk
     sample_ids: tuple[int, ...]  # to train on; the tables may hold quarantined ones besides
@@ -63,13 +64,15 @@ class Buffer:
 
     def take(self, step: int, version: int) -> Batch:
         """The next step's batch. `version`: the weights as they are now; no sample may be older by more than max_staleness."""
-        chunks = [self.ledger.open[number] for number in self.ready()]
+        ready = [self.ledger.open[number] for number in self.ready()]
+        chunks = [c for c in ready if c.trainable()]
         assert chunks, f"step {step} was taken before it was full"
         oldest = min(c.version for c in chunks)
         assert version - oldest <= self.max_staleness, f"staleness: must be <= {self.max_staleness}, got {version} - {oldest}"
         return Batch(
             step=step,
             chunks=tuple(c.number for c in chunks),
+            emptied=tuple(c.number for c in ready if not c.trainable()),
             rollouts=tuple(self._rollouts[c.number] for c in chunks),
             scores=tuple(self._scores[c.number] for c in chunks),
             sample_ids=tuple(s for c in chunks for s in c.trainable()),

@@ -58,11 +58,12 @@ class Collector:
             self._generate(chunk, weights)
 
     def _fill(self) -> None:
-        """Fresh prompts for every group that is neither in flight nor ready: at the start of a step all of them, later those that were spoiled."""
+        """Fresh prompts for every group that is neither in flight nor ready: at the start of a step all of them, later those that were left out."""
         assert self.weights is not None
         size = self.config.batch.group_size
         on_the_way = sum(len(c.trainable()) if c.state is State.SCORED else c.samples for c in self.ledger.open.values())
         missing = self.config.batch.prompts * (1 + self.buffer.max_staleness) - on_the_way // size
+        self._stop_if_refills_do_not_end(missing)
         per_chunk = self.config.rollout.chunk_size // size
         while missing > 0:
             self._generate(self.ledger.issue(min(missing, per_chunk), self.weights.version), self.weights)
@@ -105,7 +106,7 @@ class Collector:
         def done(report: RewardReport, data: tuple[ObjectRef, ...], attempt: int) -> None:
             if not self.ledger.fence(chunk.number, base):
                 return
-            self.ledger.scored(chunk.number, report.failures)
+            self.ledger.scored(chunk.number, report.failures, report.flat_groups if self.config.batch.dynamic_sampling else ())
             self.buffer.put_scores(chunk.number, data[0])
             self._stop_if_rewards_fail()
             if all(c.state is State.SCORED for c in self.ledger.open.values()):  # not sooner, or the refill would depend on who answered first
@@ -128,6 +129,21 @@ class Collector:
             raise RunError("reward", f"scoring chunk {number}", f"its rollouts were lost {attempts} times (cluster.max_attempts)", fault=Fault.INPUT_LOST)
         self.buffer.forget(number)
         self._generate(self.ledger.reissue(number), weights)
+
+    def _stop_if_refills_do_not_end(self, missing: int) -> None:
+        """Of a task whose every group scores alike, no number of prompts makes a step."""
+        batch, opened = self.config.batch, self.ledger.open.values()
+        issued = sum(c.groups for c in opened)
+        allowed = batch.prompts * (1 + self.buffer.max_staleness + batch.max_refills)
+        if issued + max(missing, 0) > allowed:
+            flat, lost = sum(len(c.flat - c.spoiled_groups()) for c in opened), sum(len(c.spoiled_groups()) for c in opened)
+            raise RunError(
+                who="rollout",
+                phase="filling the step",
+                cause=f"of {issued} groups {flat} have no variance in their scores and {lost} lost a member, {missing} of {batch.prompts} are still missing, "
+                f"and more than batch.max_refills = {batch.max_refills} times the step would be issued besides",
+                remedy="choose prompts that are neither too easy nor too hard for the policy or a reward that tells its answers apart, or raise the limit",
+            )
 
     def _stop_if_rewards_fail(self) -> None:
         failed = self.ledger.quarantined | {s: why for c in self.ledger.open.values() for s, why in c.quarantined.items()}

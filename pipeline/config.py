@@ -20,6 +20,7 @@ from actors.config import LearnerConfig, ReferenceConfig, RewardConfig, RolloutC
 from cluster.config import ClusterConfig, Config
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.registry import AnyAlgorithm
+from pipeline.algorithms.shaping import ShapingConfig
 
 
 class ModelConfig(Config):
@@ -68,6 +69,12 @@ class BatchConfig(Config):
 
     group_size: int = Field(default=1, ge=1)
     """Samples of each prompt."""
+
+    dynamic_sampling: bool = False
+    """Leave out groups whose scores are all the same, which compare to nothing, and fill the step up from fresh prompts (DAPO, Yu et al. 2025)."""
+
+    max_refills: int = Field(default=8, ge=1)
+    """Groups that may be issued to fill one step up, in multiples of the step, before the run stops."""
 
     epochs: int = Field(default=4, ge=1)
     """Passes over a step's experience, reshuffled each time."""
@@ -119,6 +126,7 @@ class RunConfig(Config):
     finetune: FinetuneConfig = FinetuneConfig()
     batch: BatchConfig = BatchConfig()
     algorithm: AnyAlgorithm = PPO()
+    shaping: ShapingConfig = ShapingConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
@@ -160,6 +168,8 @@ def _batch_rules(config: RunConfig) -> None:
         raise ValueError(
             f"batch.minibatches: must be <= batch.prompts * batch.group_size = {batch.samples}, got {batch.minibatches}; lower it or raise batch.prompts"
         )
+    if batch.dynamic_sampling and batch.group_size < 2:
+        raise ValueError(f"batch.group_size: must be >= 2 when batch.dynamic_sampling is true, got {batch.group_size}; one sample has no variance")
     if config.rollout.chunk_size < batch.group_size:
         raise ValueError(f"rollout.chunk_size: must be >= batch.group_size = {batch.group_size}, got {config.rollout.chunk_size}; a group is never split")
     if config.reward.function and config.reward.model:
@@ -172,10 +182,11 @@ def _algorithm_rules(config: RunConfig) -> None:
         raise ValueError(
             f"batch.group_size: must be >= {algorithm.min_group_size} for algorithm {algorithm.name!r}, got {group_size}; it compares samples of one prompt"
         )
-    if algorithm.kl_target and not algorithm.kl_coef:
+    algorithm.rules()
+    overlong, longest = config.shaping.overlong_tokens, config.sampling.max_new_tokens
+    if overlong > longest:
         raise ValueError(
-            f"algorithm.kl_coef: must be > 0 when algorithm.kl_target is {algorithm.kl_target:g}, got 0; "
-            "the controller multiplies it, so give it a start value, or remove kl_target"
+            f"shaping.overlong_tokens: must be <= sampling.max_new_tokens = {longest}, got {overlong}; they are the last ones of a completion, so lower it"
         )
 
 
@@ -229,14 +240,17 @@ def recipe_path(recipe: str) -> Path:
     raise ValueError(f"recipe: must be a TOML file or one of {sorted(bundled)}, got {recipe!r}")
 
 
-def load(path: Path, algorithm: str = "") -> RunConfig:
+def load(path: Path, algorithm: str = "", *, checked: bool = True) -> RunConfig:
     """Read a recipe; `algorithm` names another than its own, which keeps those of the recipe's settings that it has, too.
+
+    checked: whether its fields must go together as they are; not so where some will be overridden.
 
     Raises ValueError with one line a fault, each naming field, rule and value.
     """
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-        return check(RunConfig.model_validate(_with_algorithm(recipe, algorithm) if algorithm else recipe))
+        config = RunConfig.model_validate(_with_algorithm(recipe, algorithm) if algorithm else recipe)
+        return check(config) if checked else config
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: must be TOML: {error}") from error
     except ValidationError as error:

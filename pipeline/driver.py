@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.faults import RunError
 from cluster.pool import Work
 from pipeline.algorithms.kl_controller import KLController
+from pipeline.assemble import Assembly
 from pipeline.buffer import Batch, Buffer
 from pipeline.checkpoint import Checkpoints, Commit, DriverState
 from pipeline.collector import Collected, Collector
@@ -140,26 +141,24 @@ class Driver:
         return batch
 
     def evaluate(self, batch: Batch) -> Evaluated:
-        """Reference log-probs and critic values, side by side, each only if the algorithm needs it."""
+        """Reference log-probs, critic values and the policy's own log-probs, side by side, each only if the algorithm needs it."""
         self.observer.phase("evaluate")
-        values = self.learners.values(batch.rollouts)
+        begun = self.learners.infer(batch.rollouts)
         reference = self._reference_logprobs(batch)
-        if values is not None:
-            self.stage.finish(values, "critic values")
-        found = tuple(values.refs(rank)[0] for rank in range(self.config.critic.ranks)) if values is not None else ()
-        evaluated = Evaluated(batch=batch, reference=reference, values=found)
+        values, proximal = (self.learners.inferred(begun, role) for role in ("critic", "policy"))
+        evaluated = Evaluated(batch=batch, reference=reference, values=values, proximal=proximal)
         self.clock.lap("evaluate")
         return evaluated
 
     def assemble(self, evaluated: Evaluated) -> Assembled:
         """One call over the whole step; its table goes to the learners and, at the same time, to Parquet."""
         batch = evaluated.batch
-        tables = (*batch.rollouts, *batch.scores, *evaluated.reference, *evaluated.values)
-        counts = (len(batch.rollouts), len(batch.scores), len(evaluated.reference), len(evaluated.values), 0)
-        algorithm, coef = self.config.algorithm, self.kl.coef
+        parts = (batch.rollouts, batch.scores, evaluated.reference, evaluated.values, evaluated.proximal)
+        counts, tables = tuple(map(len, parts)), [table for part in parts for table in part]
+        how = Assembly.of(self.config, self.kl.coef)
 
         def send(worker: Any, attempt: int) -> tuple[ObjectRef, ...]:
-            return tuple(worker.assemble.options(num_returns=2).remote(algorithm, coef, batch.sample_ids, counts, *tables))
+            return tuple(worker.assemble.options(num_returns=2).remote(how, batch.sample_ids, counts, *tables))
 
         [(summary, (experience,))] = self.stage.map(self.roles.assembler, "assembling", [send])
         self._log(batch.step, experience)
@@ -169,11 +168,12 @@ class Driver:
     def learn(self, assembled: Assembled) -> Update:
         """Critic and policy gangs train on the step, side by side; afterwards every sample of it counts as trained."""
         self.observer.phase("learn")
-        policy, critic = self.learners.update(assembled.experience, assembled.batch.step)
+        policy, critic = self.learners.update(assembled.experience, assembled.batch.step, self.kl.coef)
         update = Update(batch=assembled.batch, summary=assembled.report, policy=policy, critic=critic)
         update.check(self.config)
-        self.ledger.close(assembled.batch.chunks, trained=update.policy.samples)
-        for chunk in assembled.batch.chunks:
+        ended = (*assembled.batch.chunks, *assembled.batch.emptied)
+        self.ledger.close(ended, trained=update.policy.samples)
+        for chunk in ended:
             self.buffer.forget(chunk)
         self.clock.lap("learn")
         return update

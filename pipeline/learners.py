@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,22 +20,40 @@ if TYPE_CHECKING:
 
 
 class Learners:
-    """What the driver asks of the gangs. Every method but `values` returns when all ranks are through, or raises RunError naming the rank to blame."""
+    """What the driver asks of the gangs. Every method but `infer` returns when all ranks are through, or raises RunError naming the rank to blame."""
 
     def __init__(self, config: RunConfig, roles: Roles, stage: Stage) -> None:
         self.config = config
         self.roles = roles
         self.stage = stage
 
-    def values(self, rollouts: Iterable[ObjectRef]) -> Ticket | None:
-        """Begin the critic's values; None where there is no critic."""
-        critic = self.roles.critic
-        return critic.begin("values", lambda rank, _: rank.infer.options(num_returns=2).remote(*rollouts)) if critic else None
+    def infer(self, rollouts: Iterable[ObjectRef]) -> dict[str, Ticket]:
+        """Begin the critic's values and the policy's own log-probs, each only if the algorithm needs it; role -> ticket."""
+        phases = {"critic": "values"} | ({"policy": "proximal log-probs"} if self.config.algorithm.needs_proximal else {})
+        asked = {role: gang for role, gang in self.roles.gangs.items() if role in phases}
+        return {role: gang.begin(phases[role], lambda rank, _: rank.infer.options(num_returns=2).remote(*rollouts)) for role, gang in asked.items()}
 
-    def update(self, experience: ObjectRef, step: int) -> tuple[UpdateReport, UpdateReport | None]:
-        """Train both on a step's experience, side by side. The policy's report and the critic's."""
-        batch, aggregation = self.config.batch, self.config.algorithm.aggregation
-        plan = UpdatePlan(step=step, epochs=batch.epochs, minibatches=batch.minibatches, seed=self.config.seed, aggregation=aggregation)
+    def inferred(self, tickets: Mapping[str, Ticket], role: str) -> tuple[ObjectRef, ...]:
+        """Waits for what `infer` began: a table a rank; none where the role was not asked."""
+        if role not in tickets:
+            return ()
+        ticket = tickets[role]
+        self.stage.finish(ticket, f"the {role}'s view of the step")
+        return tuple(ticket.refs(rank)[0] for rank in range(self.roles.gangs[role].ranks))
+
+    def update(self, experience: ObjectRef, step: int, kl_coef: float) -> tuple[UpdateReport, UpdateReport | None]:
+        """Train both on a step's experience, side by side. kl_coef: as it is in this step. The policy's report and the critic's."""
+        batch, algorithm = self.config.batch, self.config.algorithm
+        plan = UpdatePlan(
+            step=step,
+            epochs=batch.epochs,
+            minibatches=batch.minibatches,
+            seed=self.config.seed,
+            aggregation=algorithm.aggregation,
+            constant=self.config.sampling.max_new_tokens,
+            kl_coef=kl_coef,
+            entropy_gradient=algorithm.entropy_coef > 0,
+        )
         reports = self._all("update", lambda gang, _: gang.begin("update", lambda rank, __: rank.update.remote(experience, plan)))
         return reports["policy"][0], reports["critic"][0] if "critic" in reports else None
 

@@ -67,7 +67,7 @@ def replay(config: RunConfig, run_dir: Path, step: int, console: Console) -> boo
     if step not in recorded:
         known = f"0 to {max(recorded)}" if recorded else "none"
         raise ValueError(f"--step: must be a step that the run recorded ({known}), got {step}")
-    rows = [*_advantages(config, _experience(run_dir, step), float(recorded[step]["kl/coef"])), *_losses(config, run_dir, step, recorded[step], console)]
+    rows = [*_advantages(config, _experience(run_dir, step), float(recorded[step]["kl/coef"])), *_losses(config, run_dir, step, recorded, console)]
     table = Table(title=f"step {step} of {run_dir.name}", title_justify="left")
     for column in ("", "recorded", "replayed", "difference"):
         table.add_column(column, justify="right" if column else "left")
@@ -89,7 +89,7 @@ def _experience(run_dir: Path, step: int) -> Experience:
 
 def _advantages(config: RunConfig, experience: Experience, kl_coef: float) -> list[Compared]:
     """The step assembled again from its own columns."""
-    from pipeline.assemble import assemble
+    from pipeline.assemble import Assembly, assemble
 
     table = experience.table
     ids = table["sample_id"]
@@ -100,8 +100,9 @@ def _advantages(config: RunConfig, experience: Experience, kl_coef: float) -> li
     ).table
     reference = [pa.table({"sample_id": ids, "logprobs": table["reference_logprobs"]})] if config.algorithm.needs_reference else []
     values = [pa.table({"sample_id": ids, "values": table["values"]})] if config.algorithm.needs_critic else []
-    counts = (1, 1, len(reference), len(values), 0)
-    _, again = assemble(config.algorithm, kl_coef, ids.to_pylist(), counts, rollouts, scores, *reference, *values)
+    proximal = [pa.table({"sample_id": ids, "logprobs": table["proximal_logprobs"]})] if config.algorithm.needs_proximal else []
+    counts = (1, 1, len(reference), len(values), len(proximal))
+    _, again = assemble(Assembly.of(config, kl_coef), ids.to_pylist(), counts, rollouts, scores, *reference, *values, *proximal)
     return [_column(name, table, again) for name in ("advantages", "returns")]
 
 
@@ -111,7 +112,7 @@ def _column(name: str, before: pa.Table, after: pa.Table) -> Compared:
     return Compared(name=f"{name} (worst of {old.size:,})", recorded=float(old[worst]), replayed=float(new[worst]))
 
 
-def _losses(config: RunConfig, run_dir: Path, step: int, recorded: Mapping[str, Any], console: Console) -> list[Compared]:
+def _losses(config: RunConfig, run_dir: Path, step: int, recorded: Mapping[int, Mapping[str, Any]], console: Console) -> list[Compared]:
     """The learners, from the commit before the step through every step since, to the end of this one."""
     from pipeline.tasks.task import load_task
 
@@ -139,17 +140,18 @@ def _losses(config: RunConfig, run_dir: Path, step: int, recorded: Mapping[str, 
                 learners.restore(commit, commits)
             progress.stage("replay", step + 1 - first)
             for number in range(first, step + 1):
-                reports = _update(learners, config, run_dir, number)
+                reports = _update(learners, run_dir, number, float(recorded[number]["kl/coef"]))
                 progress.advance(f"step {number}: policy loss {reports['policy'].loss:.4g}")
         finally:
             roles.close()
             placed.remove()
     values = {name: value for role, report in reports.items() for name, value in learner_values(role, report).items()}
-    return [Compared(name=name, recorded=float(recorded[name]), replayed=value) for name, value in values.items() if recorded.get(name) is not None]
+    then = recorded[step]
+    return [Compared(name=name, recorded=float(then[name]), replayed=value) for name, value in values.items() if then.get(name) is not None]
 
 
-def _update(learners: Learners, config: RunConfig, run_dir: Path, step: int) -> dict[str, UpdateReport]:
+def _update(learners: Learners, run_dir: Path, step: int, kl_coef: float) -> dict[str, UpdateReport]:
     import ray
 
-    policy, critic = learners.update(ray.put(_experience(run_dir, step).table), step)
+    policy, critic = learners.update(ray.put(_experience(run_dir, step).table), step, kl_coef)
     return {"policy": policy} | ({"critic": critic} if critic else {})

@@ -20,11 +20,12 @@ MAX_RATIO_DEVIATION = 0.01  # in float32, where rounding alone gives about 1e-5;
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """A batch with what the frozen models say of it; empty where the algorithm needs none."""
+    """A batch with what the frozen models, and the learners before their first update, say of it; empty where the algorithm needs none."""
 
     batch: Batch
     reference: tuple[ObjectRef, ...]
     values: tuple[ObjectRef, ...]
+    proximal: tuple[ObjectRef, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

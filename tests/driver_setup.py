@@ -54,6 +54,7 @@ def fake_driver(
     length: int = 3,
     die_at: str = "",
     fail: tuple[int, ...] = (),
+    flat: tuple[int, ...] = (),
     hang_at: str = "",
     hang_chunk: int = 1,
     learner: Mapping[str, Any] = {},
@@ -64,7 +65,7 @@ def fake_driver(
     stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=run.cluster.call_timeout_s)
     roles = Roles(
         rollout=stage.pool("rollout", run.rollout.workers, run, FakeRollout, length=length, die_at=die_at),
-        reward=stage.pool("reward", run.reward.workers, run, FakeReward, fail=fail, hang_at=hang_at, hang_chunk=hang_chunk),
+        reward=stage.pool("reward", run.reward.workers, run, FakeReward, fail=fail, flat=flat, hang_at=hang_at, hang_chunk=hang_chunk),
         reference=None,
         critic=None,
         policy=stage.gang("policy", 1, run, FakeLearner, seen=str(run_dir / "seen"), **learner),

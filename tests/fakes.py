@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from actors import ragged
-from actors.experience import Prompts, Rollouts, Scores
+from actors.experience import Prompts, Rollouts, Scores, TokenLogprobs
 from actors.learner import LearnerReady, ShardReport, UpdatePlan, UpdateReport
-from actors.reward import RewardReport
+from actors.reward import RewardReport, flat_groups
 from actors.rollout import RolloutReport
 from actors.weights import Manifest
 from cluster.storage import Folder
@@ -76,21 +76,25 @@ class FakeRollout:
 
 
 class FakeReward:
-    """Scores sample s with s % 5. fail: sample ids that never get a reward. hang_at: as FakeRollout.die_at, but it sleeps, over chunk hang_chunk."""
+    """Scores sample s with s % 5, those of the groups `flat` with 1. fail: sample ids that never get a reward.
 
-    def __init__(self, fail: tuple[int, ...] = (), hang_at: str = "", hang_chunk: int = 1) -> None:
-        self.fail = fail
+    hang_at: as FakeRollout.die_at, but it sleeps, over chunk hang_chunk.
+    """
+
+    def __init__(self, fail: tuple[int, ...] = (), hang_at: str = "", hang_chunk: int = 1, flat: tuple[int, ...] = ()) -> None:
+        self.fail, self.flat = fail, flat
         self.hang_at, self.hang_chunk = hang_at, hang_chunk
 
     def score(self, table: pa.Table, chunk: int, attempt: int) -> tuple[RewardReport, pa.Table]:
         if self.hang_at and chunk == self.hang_chunk and _once(self.hang_at):
             time.sleep(600)
-        ids = Rollouts(table).table["sample_id"].to_numpy()
+        ids, groups = (Rollouts(table).table[name].to_numpy() for name in ("sample_id", "group_id"))
         ok = ~np.isin(ids, self.fail)
+        rewards = np.where(ok, np.where(np.isin(groups, self.flat), 1, ids % 5), np.nan).astype(np.float32)
         scores = Scores.of(
             {
                 "sample_id": ids,
-                "reward": np.where(ok, ids % 5, np.nan).astype(np.float32),
+                "reward": rewards,
                 "turn_rewards": ragged.unflat(np.zeros(0, np.float32), np.zeros(len(ids) + 1, np.int32), pa.float32()),
                 "status": np.where(ok, "ok", "error").tolist(),
                 "detail": np.where(ok, "", "told to fail").tolist(),
@@ -98,7 +102,7 @@ class FakeReward:
         )
         report = RewardReport(
             chunk=chunk, attempt=attempt, samples=len(ids), ok=int(ok.sum()), failed=int((~ok).sum()), mean=0.0, seconds=0.001,
-            failures={int(s): "error: told to fail" for s in ids[~ok]},
+            failures={int(s): "error: told to fail" for s in ids[~ok]}, flat_groups=flat_groups(groups.tolist(), rewards.tolist()),
         )  # fmt: skip
         return report, scores.table
 
@@ -114,6 +118,13 @@ class FakeLearner:
 
     def connect(self, address: str, port: int) -> LearnerReady:
         return LearnerReady(parameters=1, trainable=1, device="cpu", dtype="float32", context=64, checksum=self.model)
+
+    def infer(self, *parts: pa.Table) -> tuple[None, pa.Table]:
+        """It finds every sampled token a quarter of a nat likelier than the sampler did."""
+        table = Rollouts.concat([Rollouts(part) for part in parts]).table
+        logprobs, offsets = ragged.flat(table["logprobs"])
+        own = ragged.unflat(np.where(logprobs != 0, logprobs + np.float32(0.25), 0), offsets, pa.float32())
+        return None, TokenLogprobs.of({"sample_id": table["sample_id"].to_numpy(), "logprobs": own}).table
 
     def update(self, experience: pa.Table, plan: UpdatePlan) -> UpdateReport:
         if plan.step == self.die_step and (not self.die_at or _once(self.die_at)):

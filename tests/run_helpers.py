@@ -18,6 +18,7 @@ from actors.config import LearnerConfig, RolloutConfig, SamplingConfig
 from actors.experience import Experience
 from cluster.config import ClusterConfig
 from pipeline.algorithms.ppo import PPO
+from pipeline.algorithms.shaping import ShapingConfig
 from pipeline.checkpoint import Commit
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig
 from pipeline.observe.metrics import is_repeatable
@@ -27,7 +28,7 @@ STEPS = 4
 
 
 def recipe(**changes: Any) -> RunConfig:
-    """PPO with critic, reference and an adaptive KL controller on two-layer walks, a commit every two steps."""
+    """PPO with critic, reference, an adaptive KL controller, the learner's own log-probs and shaped rewards on two-layer walks, a commit every two steps."""
     config = RunConfig(
         task="walks",
         steps=STEPS,
@@ -35,7 +36,8 @@ def recipe(**changes: Any) -> RunConfig:
         model=ModelConfig(layers=2, width=32, heads=2, context=16),
         finetune=FinetuneConfig(epochs=1, learner=LearnerConfig(learning_rate=3e-3, micro_batch_size=32)),
         batch=BatchConfig(prompts=16, epochs=2, minibatches=2, max_prompt_tokens=1),
-        algorithm=PPO(kl_coef=0.05, kl_target=0.01, kl_horizon=100),
+        algorithm=PPO(kl_coef=0.05, kl_target=0.01, kl_horizon=100, decoupled=True, importance_cap=2.0),
+        shaping=ShapingConfig(missing_eos="add", eos_penalty=-0.25, overlong_tokens=4, overlong_penalty=0.25, whiten="scale"),
         sampling=SamplingConfig(max_new_tokens=9),
         rollout=RolloutConfig(chunk_size=8, slots=8),
         policy=LearnerConfig(learning_rate=1e-3),

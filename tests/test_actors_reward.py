@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from actors.config import RewardConfig
 from actors.experience import Rollouts, Scores
-from actors.reward import ClassifierReward, RewardReport, RewardWorker, load_function, load_reward
+from actors.reward import ClassifierReward, RewardReport, RewardWorker, flat_groups, load_function, load_reward
 
 CALLS: list[list[str]] = []
 
@@ -111,6 +112,26 @@ def test_scores_every_rollout_in_order_and_in_batches(worker: Callable[..., Rewa
         "detail": [""] * 3,
     }
     assert (report.chunk, report.attempt, report.samples, report.ok, report.failed, report.mean, report.failures) == (7, 2, 3, 3, 0, 2.0, {})
+
+
+@pytest.mark.parametrize(
+    ("groups", "rewards", "flat"),
+    [
+        ([3, 3, 5, 5, 7], [1.0, 1.0, 0.5, 0.75, 2.0], (3, 7)),
+        ([1, 2, 1, 2], [0.0, 1.0, 0.0, 2.0], (1,)),  # in any order
+        ([1, 1, 2, 2], [math.nan, math.nan, 1.0, math.nan], ()),  # a failure is equal to nothing
+        ([], [], ()),
+    ],
+)
+def test_groups_whose_scores_are_all_the_same(groups: list[int], rewards: list[float], flat: tuple[int, ...]) -> None:
+    assert flat_groups(groups, rewards) == flat
+
+
+def test_the_report_names_groups_without_variance(worker: Callable[..., RewardWorker]) -> None:
+    actor = worker("length")
+    table = rollouts(actor, [("p", response) for response in ["aa", "bb", "c", "dd"]])
+    table = table.set_column(1, table.schema.field("group_id"), pa.array([6, 6, 9, 9]))
+    assert actor.score(table, 0, 0)[0].flat_groups == (6,)
 
 
 def test_function_gets_prompt_text_and_metadata(worker: Callable[..., RewardWorker]) -> None:
@@ -219,7 +240,7 @@ def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(ray
         ("length", "must be package.module:name"),
         ("no_such_package.rewards:f", "No module named 'no_such_package'"),
         ("test_actors_reward:nothing", "no such name in the module"),
-        ("test_actors_reward:not_callable", "must be callable, got 'test_actors_reward:not_callable': a int"),
+        ("test_actors_reward:not_callable", "must be callable, got 'test_actors_reward:not_callable': of type int"),
     ],
 )
 def test_function_that_cannot_be_had_is_named(path: str, problem: str) -> None:

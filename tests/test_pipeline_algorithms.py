@@ -1,22 +1,37 @@
-"""Estimators, losses and the KL controller: golden numbers published elsewhere, and slow float64 loops."""
+"""Estimators, advantages and the KL controller: golden numbers published elsewhere, and slow float64 loops. Losses: test_pipeline_losses.py."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from actors.objective import ActionTokens
+from pipeline.algorithms import registry
+from pipeline.algorithms.a2c import A2C
 from pipeline.algorithms.base import Trajectories
 from pipeline.algorithms.estimators import discounted_returns, gae, token_rewards, whiten
+from pipeline.algorithms.grpo import GRPO
 from pipeline.algorithms.kl_controller import KLController
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.reinforce import Reinforce
+from pipeline.algorithms.reinforce_baseline import ReinforceBaseline
+from pipeline.algorithms.reinforce_pp import ReinforcePP
+from pipeline.algorithms.rloo import RLOO
 
 NAN = math.nan
+seeds = st.integers(0, 2**32 - 1)
 
 
 def row(*values: float) -> torch.Tensor:
@@ -108,69 +123,260 @@ def test_gae_equals_the_loop_on_ragged_rows_with_nan_in_the_padding(rows: list[l
     assert not returns[~mask].any()
 
 
-def tokens(n: int, seed: int = 0) -> ActionTokens:
-    g = torch.Generator().manual_seed(seed)
-    columns = [torch.randn(n, generator=g, dtype=torch.float64) for _ in range(6)]
-    names = ("logprobs", "proximal_logprobs", "reference_logprobs", "values", "advantages", "returns")
-    return ActionTokens(row=torch.arange(n) % 2, rows=2, **dict(zip(names, columns, strict=True)))
+def padded(rows: list[list[float]], width: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Rows side by side, NaN in the padding."""
+    return torch.tensor([r + [NAN] * (width - len(r)) for r in rows], dtype=dtype)
 
 
-def test_ppo_policy_loss_is_the_clipped_surrogate() -> None:
-    batch = tokens(200)
-    new = batch.proximal_logprobs + torch.linspace(-0.6, 0.6, 200, dtype=torch.float64)
-    loss, statistics = PPO(clip_low=0.1, clip_high=0.3).policy_loss(new, new * 0, batch)
-    clipped = 0
-    for n, old, a, got in zip(new.tolist(), batch.proximal_logprobs.tolist(), batch.advantages.tolist(), loss.tolist(), strict=True):
-        ratio = math.exp(n - old)
-        bounded = min(max(ratio, 0.9), 1.3)
-        assert got == pytest.approx(-min(ratio * a, bounded * a), abs=1e-12)
-        clipped += bounded * a < ratio * a
-    assert statistics["clip_fraction"].sum().item() == clipped > 0
+@dataclass(frozen=True)
+class Step:
+    """A ragged step in plain lists: what a slow loop takes. `batch`: the same as tensors."""
+
+    rewards: list[list[float]]
+    values: list[list[float]]
+    groups: list[int]
+    batch: Trajectories
 
 
-def test_ppo_value_loss_is_clipped() -> None:
-    batch = tokens(200, seed=1)
-    new = batch.values + torch.linspace(-1, 1, 200, dtype=torch.float64)
-    loss, _ = PPO(value_clip=0.2).value_loss(new, batch)
-    for v, old, target, got in zip(new.tolist(), batch.values.tolist(), batch.returns.tolist(), loss.tolist(), strict=True):
-        near = old + min(max(v - old, -0.2), 0.2)
-        assert got == pytest.approx(0.5 * max((v - target) ** 2, (near - target) ** 2), abs=1e-12)
-    plain, _ = PPO(value_clip=0).value_loss(new, batch)
-    assert torch.allclose(plain, 0.5 * (new - batch.returns) ** 2)
+def step_of(seed: int) -> Step:
+    """1 to 9 rollouts of 0 to 7 tokens in groups of any size and order; NaN at every place that is not real."""
+    random = np.random.default_rng(seed)
+    count = int(random.integers(1, 10))
+    sizes = random.integers(0, 8, count) * (random.random(count) < 0.85)
+    width = int(sizes.max()) + 1
+    rewards, values = ([random.normal(size=n).astype(np.float32).tolist() for n in sizes] for _ in range(2))
+    groups = random.integers(0, 4, count)
+    batch = Trajectories(
+        rewards=padded(rewards, width, torch.float32),
+        values=padded(values, width, torch.float32),
+        scores=torch.full((count,), NAN),
+        groups=torch.from_numpy(np.unique(groups, return_inverse=True)[1]),
+        mask=torch.tensor([[t < n for t in range(width)] for n in sizes]),
+    )
+    return Step(rewards, values, groups.tolist(), batch)
 
 
-@pytest.mark.parametrize("algorithm", [PPO(), Reinforce()], ids=lambda a: a.name)
-def test_policy_gradients_match_finite_differences(algorithm: PPO | Reinforce) -> None:
-    batch = tokens(12, seed=3)
-    new = (batch.proximal_logprobs + 0.3 * torch.randn(12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)).requires_grad_()
-    torch.autograd.gradcheck(lambda x: algorithm.policy_loss(x, x.detach() * 0, batch)[0], (new,))
+def loop_returns(rewards: list[float], gamma: float) -> list[float]:
+    return [sum(gamma ** (k - t) * rewards[k] for k in range(t, len(rewards))) for t in range(len(rewards))]
 
 
-def test_value_gradients_match_finite_differences() -> None:
-    batch = tokens(12, seed=5)
-    new = (batch.values + 0.5).requires_grad_()
-    torch.autograd.gradcheck(lambda v: PPO().value_loss(v, batch)[0], (new,))
+def loop_n_step(rewards: list[float], values: list[float], gamma: float, n: int) -> list[float]:
+    size = len(rewards)
+    out = []
+    for t in range(size):
+        total = sum(gamma**k * rewards[t + k] for k in range(n) if t + k < size)
+        out.append(total + (gamma**n * values[t + n] if t + n < size else 0.0) - values[t])
+    return out
 
 
-def test_reinforce_is_ppos_first_gradient_without_values() -> None:
-    """With V = 0, lambda = 1 and a ratio of 1, PPO's gradient is REINFORCE's."""
-    batch = Trajectories(rewards=row(0, 0.5, 2), values=row(0, 0, 0), scores=torch.tensor([2.0]), groups=torch.tensor([0]), mask=real(3))
-    ppo, reinforce = PPO(lam=1.0, gamma=0.9), Reinforce(gamma=0.9)
-    a, b = ppo.advantages(batch).advantages, reinforce.advantages(batch).advantages
-    assert torch.equal(a, b)
-    actions = tokens(3)
-    gradients = []
-    for algorithm, advantages in ((ppo, a), (reinforce, b)):
-        new = actions.proximal_logprobs.clone().requires_grad_()
-        at = ActionTokens(row=actions.row, rows=2, logprobs=actions.logprobs, proximal_logprobs=actions.proximal_logprobs, reference_logprobs=actions.logprobs,
-                          values=actions.values, advantages=advantages[0].double(), returns=actions.returns)  # fmt: skip
-        algorithm.policy_loss(new, new * 0, at)[0].sum().backward()
-        gradients.append(new.grad)
-    assert torch.allclose(gradients[0], gradients[1])
+def others(step: Step, i: int, returns: list[float]) -> list[float]:
+    """Returns of the other rollouts of i's group that have an action."""
+    return [returns[j] for j in range(len(returns)) if j != i and step.groups[j] == step.groups[i] and step.rewards[j]]
+
+
+def loop_advantages(algorithm: Any, step: Step) -> list[list[float]]:
+    """By the definitions, a rollout and a token at a time."""
+    out = []
+    gamma = getattr(algorithm, "gamma", 1.0)
+    every = [loop_returns(r, gamma) for r in step.rewards]
+    totals = [sum(r) for r in step.rewards]
+    starts = [g[0] if g else NAN for g in every]
+    for i, (r, v, g) in enumerate(zip(step.rewards, step.values, every, strict=True)):
+        match algorithm:
+            case PPO():
+                row = loop_gae(r, v, gamma, algorithm.lam)
+            case A2C():
+                row = loop_n_step(r, v, gamma, algorithm.n_steps)
+            case ReinforceBaseline(baseline="value"):
+                row = [a - b for a, b in zip(g, v, strict=True)]
+            case ReinforceBaseline(baseline="batch_mean"):
+                row = [a - statistics.fmean(x for x in starts if x == x) for a in g]
+            case ReinforceBaseline():
+                rest = others(step, i, starts)
+                row = [a - statistics.fmean(rest) if rest else 0.0 for a in g]
+            case RLOO():
+                rest = others(step, i, totals)
+                row = [totals[i] - statistics.fmean(rest) if rest else 0.0] * len(r)
+            case GRPO():
+                group = [totals[i], *others(step, i, totals)]
+                spread = statistics.stdev(group) if len(group) > 1 else 0.0
+                row = [(totals[i] - statistics.fmean(group)) / (spread + 1e-6 if algorithm.std else 1)] * len(r)
+            case _:
+                row = g
+        out.append(row)
+    return out
+
+
+KINDS = [
+    PPO(gamma=0.9, lam=0.8),
+    Reinforce(gamma=0.9),
+    ReinforcePP(),
+    ReinforceBaseline(baseline="value", gamma=0.9),
+    ReinforceBaseline(baseline="batch_mean", gamma=0.9),
+    ReinforceBaseline(baseline="leave_one_out", gamma=0.9),
+    *(A2C(n_steps=n, gamma=0.9) for n in (1, 2, 3, 50)),
+    RLOO(),
+    GRPO(),
+    GRPO(std=False),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(seeds)
+def test_every_algorithms_advantages_equal_the_loop(seed: int) -> None:
+    step = step_of(seed)
+    for algorithm in KINDS:
+        found = algorithm.advantages(step.batch)
+        for i, expected in enumerate(loop_advantages(algorithm, step)):
+            assert found.advantages[i, : len(expected)].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5), algorithm
+        for column in (found.advantages, found.returns):
+            assert column.dtype == torch.float32
+            assert not column[~step.batch.mask].any(), algorithm
+            assert torch.isfinite(column).all(), algorithm
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds)
+def test_advantages_do_not_depend_on_the_order_of_samples(seed: int) -> None:
+    step = step_of(seed).batch
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(step.groups)))
+    turned = Trajectories(**{name: getattr(step, name)[order] for name in Trajectories.__dataclass_fields__})
+    for algorithm in KINDS:
+        straight, again = algorithm.advantages(step).advantages, algorithm.advantages(turned).advantages
+        assert torch.allclose(again, straight[order], rtol=1e-5, atol=1e-6), algorithm
+
+
+@settings(max_examples=300, deadline=None)
+@given(seeds, st.booleans(), st.booleans())
+def test_whitening_equals_the_loop(seed: int, shift_mean: bool, unbiased: bool) -> None:
+    step = step_of(seed)
+    every = [r for row in step.rewards for r in row]
+    out = whiten(step.batch.rewards.double(), step.batch.mask, shift_mean=shift_mean, unbiased=unbiased)
+    mean = statistics.fmean(every) if every else 0.0
+    spread = (statistics.variance(every) if unbiased else statistics.pvariance(every)) if len(every) > 1 else 0.0
+    expected = [(r - mean) / math.sqrt(spread + 1e-8) + (0 if shift_mean else mean) for r in every]
+    assert out[step.batch.mask].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert not out[~step.batch.mask].any()
+
+
+@settings(max_examples=300, deadline=None)
+@given(seeds)
+def test_token_rewards_equal_the_loop(seed: int) -> None:
+    step = step_of(seed)
+    scores = torch.arange(1.0, len(step.rewards) + 1)
+    out = token_rewards(scores, step.batch.rewards, step.batch.mask, kl_coef=0.5)
+    for i, kl in enumerate(step.rewards):
+        expected = [-0.5 * k + (i + 1 if t == len(kl) - 1 else 0) for t, k in enumerate(kl)]
+        assert out[i].tolist() == pytest.approx([*expected, *[0] * (out.shape[1] - len(kl))], abs=1e-6)
+
+
+def grouped(rewards: dict[int, list[float]]) -> Trajectories:
+    """One-token rollouts; group -> rewards."""
+    flat = [(g, r) for g, of_group in rewards.items() for r in of_group]
+    return Trajectories(
+        rewards=torch.tensor([[r] for _, r in flat]),
+        values=torch.zeros(len(flat), 1),
+        scores=torch.tensor([r for _, r in flat]),
+        groups=torch.tensor([g for g, _ in flat]),
+        mask=torch.ones(len(flat), 1, dtype=torch.bool),
+    )
+
+
+def test_rloo_golden() -> None:
+    """Groups of unequal size; one left alone has nothing to be compared with."""
+    batch = grouped({0: [6, 3], 1: [9, 12], 2: [1]})
+    assert RLOO().advantages(batch).advantages.tolist() == [[3], [-3], [-3], [3], [0]]
+    assert ReinforceBaseline(baseline="leave_one_out").advantages(batch).advantages.tolist() == [[3], [-3], [-3], [3], [0]]
+
+
+def test_grpo_golden() -> None:
+    batch = grouped({0: [6, 3], 1: [9, 12]})
+    assert GRPO(std=False).advantages(batch).advantages.tolist() == [[1.5], [-1.5], [-1.5], [1.5]]
+    assert GRPO().advantages(batch).advantages[:, 0].tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(0.5)], rel=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(), GRPO(std=False), RLOO(), ReinforceBaseline(baseline="leave_one_out")], ids=str)
+def test_a_group_of_equal_returns_has_no_advantage_to_the_bit(algorithm: Any) -> None:
+    """In float32 their mean may differ from them by rounding, which dividing by a tiny deviation would blow up."""
+    batch = grouped({g: [1000.1 / (g + 3)] * (g + 1) for g in range(12)})
+    assert not algorithm.advantages(batch).advantages.any()
+
+
+def test_a_rollout_without_an_action_is_in_no_baseline() -> None:
+    alone = Trajectories(rewards=torch.tensor([[4.0], [NAN], [2.0]]), values=torch.zeros(3, 1), scores=torch.tensor([4.0, 50.0, 2.0]),
+                         groups=torch.zeros(3, dtype=torch.int64), mask=torch.tensor([[True], [False], [True]]))  # fmt: skip
+    for algorithm, expected in ((RLOO(), [2, 0, -2]), (GRPO(std=False), [1, 0, -1]), (ReinforceBaseline(baseline="batch_mean"), [1, 0, -1])):
+        assert algorithm.advantages(alone).advantages[:, 0].tolist() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(seeds, st.sampled_from([1.0, 0.9]))
+def test_identities(seed: int, gamma: float) -> None:
+    batch = step_of(seed).batch
+    zero = batch.rewards.new_zeros(())
+
+    def same(a: Any, b: Any, factor: float = 1.0) -> None:
+        assert torch.allclose(a.advantages(batch).advantages, factor * b.advantages(batch).advantages, atol=1e-5), (a, b)
+
+    same(A2C(gamma=gamma), PPO(gamma=gamma, lam=0.0))
+    same(A2C(gamma=gamma, n_steps=100), ReinforceBaseline(baseline="value", gamma=gamma))
+    same(A2C(gamma=gamma, n_steps=100), PPO(gamma=gamma, lam=1.0))
+    to_go = discounted_returns(batch.rewards, batch.mask, gamma=gamma)
+    n_step = A2C(gamma=gamma, n_steps=100).advantages(batch)
+    assert torch.allclose(n_step.advantages, to_go - batch.values.where(batch.mask, zero), atol=1e-5)
+    assert torch.allclose(n_step.returns, to_go, atol=1e-5)
+    same(ReinforcePP(gamma=gamma), Reinforce(gamma=gamma))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(number, number), min_size=1, max_size=6))
+def test_without_std_two_samples_are_half_of_rloo(pairs: list[tuple[float, float]]) -> None:
+    batch = grouped({g: list(pair) for g, pair in enumerate(pairs)})
+    assert torch.allclose(GRPO(std=False).advantages(batch).advantages, RLOO().advantages(batch).advantages / 2)
+
+
+def test_the_readmes_example_is_registered_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the README says is done to the letter: the file, the import, the name in the union. Then a recipe may name it."""
+    folder = Path(registry.__file__).parent
+    [example] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    said = re.search(r"`\.\.\. \| ReinforcePP( \| \w+)`", (folder / "README.md").read_text())
+    assert said
+    body = example[example.index("class ") :]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 11, "the class line and ten more"
+    (tmp_path / "raft.py").write_text(example)
+    source = (folder / "registry.py").read_text().replace(" | ReinforcePP", f" | ReinforcePP{said[1]}")
+    (tmp_path / "registry_with_raft.py").write_text(source.replace("from pydantic import Field\n", "from pydantic import Field\nfrom raft import Raft\n"))
+    monkeypatch.syspath_prepend(tmp_path)
+    extended = importlib.import_module("registry_with_raft").AnyAlgorithm
+    raft = TypeAdapter(extended).validate_python({"name": "raft", "aggregation": "constant"})
+    batch = grouped({0: [6, 3], 1: [9, 12], 2: [1]})
+    advantages = raft.advantages(batch).advantages[:, 0]
+    assert advantages.tolist() == [1, 0, 0, 1, 0]
+    new = torch.full((5,), -2.0, requires_grad=True)
+    old = torch.full((5,), -2.0)
+    names = ("logprobs", "proximal_logprobs", "reference_logprobs", "values", "returns")
+    actions = ActionTokens(row=torch.arange(5), rows=5, advantages=advantages, **dict.fromkeys(names, old))
+    loss, _ = raft.policy_loss(new, old, actions)
+    loss.sum().backward()
+    assert loss.tolist() == [2, 0, 0, 2, 0]
+    assert new.grad is not None
+    assert new.grad.tolist() == [-1, 0, 0, -1, 0]
+
+
+def test_the_readmes_table_names_every_algorithm_and_every_option() -> None:
+    text = (Path(registry.__file__).parent / "README.md").read_text()
+    kinds = get_args(get_args(registry.AnyAlgorithm)[0])
+    for kind in kinds:
+        assert f"| `{kind.model_fields['name'].default}` |" in text
+    everywhere = set(text.replace("`", " ").replace(",", " ").split())
+    assert {field for kind in kinds for field in kind.model_fields} - everywhere <= {"gamma", "lam", "name"}  # in the formulas, as γ and λ
 
 
 def test_needs_are_declared() -> None:
-    assert PPO().needs_critic
-    assert not Reinforce().needs_critic
-    assert not PPO(kl_coef=0).needs_reference
+    critics = {"ppo", "a2c", "reinforce_baseline"}
+    assert {a.name for a in KINDS if a.needs_critic} == critics
+    assert not ReinforceBaseline(baseline="batch_mean").needs_critic
+    assert {a.name: a.min_group_size for a in KINDS if a.min_group_size > 1} == {"rloo": 2, "grpo": 2, "reinforce_baseline": 2}
+    assert ReinforceBaseline(baseline="value").min_group_size == 1
+    assert not any(a.needs_reference for a in KINDS)
     assert Reinforce(kl_coef=0.1).needs_reference

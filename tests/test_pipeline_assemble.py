@@ -17,10 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, TokenValues
+from pipeline.algorithms.a2c import A2C
 from pipeline.algorithms.base import Advantages, Algorithm, Trajectories
+from pipeline.algorithms.grpo import GRPO
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.reinforce import Reinforce
-from pipeline.assemble import Assembler, AssemblyReport, assemble
+from pipeline.algorithms.reinforce_baseline import ReinforceBaseline
+from pipeline.algorithms.reinforce_pp import ReinforcePP
+from pipeline.algorithms.rloo import RLOO
+from pipeline.algorithms.shaping import ShapingConfig
+from pipeline.assemble import Assembler, Assembly, AssemblyReport, assemble
 
 seeds = st.integers(0, 2**32 - 1)
 NAN = math.nan
@@ -135,9 +141,18 @@ def _pieces(samples: list[Sample], random: np.random.Generator | None) -> list[l
     return [shuffled[a:b] for a, b in pairwise(cuts)]
 
 
-def run(algorithm: Algorithm, samples: list[Sample], random: np.random.Generator | None = None) -> tuple[AssemblyReport, pa.Table]:
+NOTHING = ShapingConfig()
+
+
+def how(algorithm: Algorithm, shaping: ShapingConfig = NOTHING, max_new_tokens: int = 9) -> Assembly:
+    return Assembly(algorithm=algorithm, kl_coef=algorithm.kl_coef, shaping=shaping, max_new_tokens=max_new_tokens)
+
+
+def run(
+    algorithm: Algorithm, samples: list[Sample], random: np.random.Generator | None = None, shaping: ShapingConfig = NOTHING
+) -> tuple[AssemblyReport, pa.Table]:
     counts, given_tables = tables(samples, algorithm, random)
-    return assemble(algorithm, algorithm.kl_coef, [s.sample_id for s in samples if s.ok], counts, *given_tables)
+    return assemble(how(algorithm, shaping), [s.sample_id for s in samples if s.ok], counts, *given_tables)
 
 
 def slow(samples: list[Sample], algorithm: PPO) -> tuple[list[list[float]], list[list[float]]]:
@@ -255,6 +270,7 @@ def test_a_step_by_hand() -> None:
             "prompt_tokens": 5,  # everything that is not an action
             "reward_mean": 2.0,
             "reward_std": 1.0,
+            "shaped_mean": 2.0,
             "kl_per_rollout": (0.5 + 0.25 - 1) / 2,
             "kl_per_token": (0.5 + 0.25 - 1) / 4,
             "advantage_std": statistics.pstdev(errors),
@@ -281,6 +297,39 @@ def test_without_a_reference_there_is_no_penalty_and_no_kl() -> None:
     assert table["reference_logprobs"].to_pylist() == [[0] * 6, [0] * 3]
 
 
+@pytest.mark.parametrize(("kind", "kl"), [("k1", [0.5, 0, 0.25]), ("k2", [0.125, 0, 0.03125]), ("k3", [math.exp(-0.5) - 0.5, 0, math.exp(-0.25) - 0.75])])
+def test_the_penalty_is_of_the_estimator_that_was_asked_for(kind: Any, kl: list[float]) -> None:
+    _, table = run(Shaped(kl_coef=2.0, kl_estimator=kind), [A, B])
+    rewards = [r for r, acted in zip(table["advantages"].to_pylist()[0], A.acted, strict=True) if acted]
+    assert rewards == pytest.approx([-2 * kl[0], -2 * kl[1], 3 - 2 * kl[2]])
+
+
+def test_a_penalty_in_the_loss_is_not_in_the_rewards() -> None:
+    report, table = run(Shaped(kl_coef=2.0, kl_in="loss"), [A, B])
+    assert table["advantages"].to_pylist() == [[0, 0, 0, 0, 0, 3], [0, 0, 1]]
+    assert report.kl_per_rollout == pytest.approx((0.5 + 0.25 - 1) / 2)
+
+
+def test_what_is_shaped_is_trained_on_and_what_was_given_is_kept() -> None:
+    """A ends by itself with 3 tokens; B does not, with 1. Clipped at 2, B gets -5 in place of its score, and A loses 2 of the last 4 of 4 tokens' penalty."""
+    shaping = ShapingConfig(clip=2, missing_eos="replace", eos_penalty=-5, overlong_tokens=4, overlong_penalty=2)
+    counts, given_tables = tables([A, B], Shaped())
+    report, table = assemble(how(Shaped(), shaping, max_new_tokens=4), [4, 5], counts, *given_tables)
+    assert table["advantages"].to_pylist() == [[0, 0, 0, 0, 0, 2 - 2 * 3 / 4], [0, 0, -5 - 2 * 1 / 4]]
+    assert table["reward"].to_pylist() == [3.0, 1.0]
+    assert (report.reward_mean, report.shaped_mean) == (2.0, (0.5 - 5.5) / 2)
+
+
+@pytest.mark.parametrize("whiten", ["scale", "shift"])
+def test_token_rewards_are_whitened_over_the_step_penalty_included(whiten: Any) -> None:
+    _, table = run(Shaped(kl_coef=1.0), [A, B], shaping=ShapingConfig(whiten=whiten))
+    given_rewards = [-0.5, 0.0, 2.75, 2.0]
+    mean, spread = statistics.fmean(given_rewards), statistics.stdev(given_rewards)
+    expected = [(r - mean) / spread + (mean if whiten == "scale" else 0) for r in given_rewards]
+    acted = [r for row, mask in zip(table["advantages"].to_pylist(), (A.acted, B.acted), strict=True) for r, a in zip(row, mask, strict=True) if a]
+    assert acted == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_a_critic_values_are_zero() -> None:
     report, table = run(Reinforce(whiten_advantages=False), [A, B])
     assert table["values"].to_pylist() == [[0] * 6, [0] * 3]
@@ -292,18 +341,23 @@ def test_the_kl_penalty_compares_the_learners_own_log_probs_when_they_are_given(
     """The sampler's log-probs stay what they were; ratio and KL are the learner's."""
     proximal = reference([dataclasses.replace(s, reference=s.values) for s in (B, A)])
     counts, given_tables = tables([A, B], Shaped(kl_coef=1.0))
-    _, table = assemble(Shaped(kl_coef=1.0), 1.0, [4, 5], (*counts[:4], 1), *given_tables, proximal)
+    _, table = assemble(how(Shaped(kl_coef=1.0)), [4, 5], (*counts[:4], 1), *given_tables, proximal)
     assert table["proximal_logprobs"].to_pylist() == [A.values, B.values]
     assert table["logprobs"].to_pylist() == [A.logprobs, B.logprobs]
     assert table["advantages"].to_pylist() == [[0, 0, -2.0, -1.5, 0, 3 - 2.5], [0, 0, 1 - 2.0]]
 
 
-def test_what_stands_at_prompt_and_environment_tokens_is_not_read() -> None:
+EVERY = [PPO(kl_coef=0.3), Reinforce(kl_coef=0.3), ReinforceBaseline(kl_coef=0.3, baseline="leave_one_out"), A2C(kl_coef=0.3, n_steps=2),
+         RLOO(kl_coef=0.3), GRPO(kl_coef=0.3), GRPO(kl_coef=0.3, kl_in="reward"), ReinforcePP(kl_coef=0.3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", EVERY, ids=lambda algorithm: algorithm.name)
+def test_what_stands_at_prompt_and_environment_tokens_is_not_read(algorithm: Algorithm) -> None:
     def spoiled(column: list[float]) -> list[float]:
         return [x if a else NAN for x, a in zip(column, A.acted, strict=True)]
 
     bad = dataclasses.replace(A, logprobs=spoiled(A.logprobs), reference=spoiled(A.reference), values=spoiled(A.values))
-    (report, table), (good, expected) = (run(PPO(kl_coef=0.3), [s, B]) for s in (bad, A))
+    (report, table), (good, expected) = (run(algorithm, [s, B]) for s in (bad, A))
     assert report == good
     for name in ("advantages", "returns"):
         assert table[name].equals(expected[name])
@@ -345,7 +399,7 @@ def with_tables(changed: dict[str, list[Any]], sample_ids: list[int]) -> None:
     """Assemble STEP with some of its tables replaced."""
     every = {name: changed.get(name, [build(STEP)]) for name, build in KINDS.items()}
     counts = [len(part) for part in every.values()]
-    assemble(PPO(kl_coef=0.1), 0.1, sample_ids, (*counts, 0), *(table for part in every.values() for table in part))  # type: ignore[arg-type]
+    assemble(how(PPO(kl_coef=0.1)), sample_ids, (*counts, 0), *(table for part in every.values() for table in part))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -388,7 +442,7 @@ def test_a_column_of_another_length_than_the_tokens_is_an_error(kind: str) -> No
 
 def test_the_number_of_tables_must_be_what_was_announced() -> None:
     with pytest.raises(AssertionError):
-        assemble(PPO(), 0.0, [4], (1, 1, 0, 1, 0), rollouts([A]), scores([A]))
+        assemble(how(PPO()), [4], (1, 1, 0, 1, 0), rollouts([A]), scores([A]))
 
 
 def test_writing_a_step(tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ AT_ONCE: dict[str, Row] = {
         "train walks --batch.minibatches 101",
         "batch.minibatches: must be <= batch.prompts * batch.group_size = 100, got 101; lower it or raise batch.prompts",
     ),
+    "groups of one for a method that compares": ("train walks --algorithm.name grpo", "batch.group_size: must be >= 2 for algorithm 'grpo', got 1"),
     "a chunk smaller than a group": (
         "train walks --batch.group-size 101",
         "rollout.chunk_size: must be >= batch.group_size = 101, got 100; a group is never split",
@@ -249,7 +250,7 @@ NEXT: dict[str, Row] = {
         f"{NEW} --reward.function mine:f",
         "reward.function: must be callable, got 'mine:f': no such name in the module; define it in ... mine.py",
     ),
-    "a reward that is no function": (f"{NEW} --reward.function mine:number", "reward.function: must be callable, got 'mine:number': a int"),
+    "a reward that is no function": (f"{NEW} --reward.function mine:number", "reward.function: must be callable, got 'mine:number': of type int"),
     "no model folder": (f"{OLD} ./missing", f"{A_MODEL}'./missing': there is no such folder"),
     "no model of that name": (f"{OLD} missing", f"{A_MODEL}'missing': no such folder is here, and of the hub: "),
     "an empty model folder": (f"{OLD} empty", f"{A_MODEL} ... empty': it has no config.json; save_pretrained writes one"),

@@ -18,7 +18,14 @@ STATE = DriverState(
     version=3,
     weights="abc",
     kl_coef=0.1 + 0.2,  # a number that only survives if all its digits do
-    ledger=LedgerState(next_group=9, next_chunk=3, open=(OpenChunk(number=2, first_group=6, groups=3, attempt=1),), trained=5, quarantined={4: "error: x"}),
+    ledger=LedgerState(
+        next_group=9,
+        next_chunk=3,
+        open=(OpenChunk(number=2, first_group=6, groups=3, attempt=1),),
+        trained=3,
+        filtered={"no variance": 2},
+        quarantined={4: "error: x"},
+    ),
     models={"policy": "m"},
 )
 

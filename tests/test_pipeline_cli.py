@@ -79,7 +79,10 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
         (["plan", "torn.toml"], "torn.toml: must be TOML: Invalid value (at end of document)"),
         (["plan", "odd.toml"], "odd.toml: steps: input should be greater than or equal to 1, got 0\nmodle: unknown key; did you mean model?\n"),
         (["plan", "walks", "--sampling.top-k", "3"], "sampling: top_k must be 0 and top_p 1 in training, got 3 and 1.0"),
-        (["plan", "walks", "--algorithm.name", "grpq"], "walks.toml: algorithm.name: must be one of 'ppo', 'reinforce', got 'grpq'"),
+        (
+            ["plan", "walks", "--algorithm.name", "grpq"],
+            "walks.toml: algorithm.name: must be one of 'ppo', 'reinforce', 'reinforce_baseline', 'a2c', 'rloo', 'grpo', 'reinforce_pp', got 'grpq'",
+        ),
         (["plan", "walks", "--task", "chess"], "task: must be one of smalltalk, walks or an import path package.module:name, got 'chess'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -152,6 +155,17 @@ def test_another_algorithm_by_its_name(tmp_path: Path) -> None:
     assert said.code == 0
     assert "critic[0]" not in said.out
     assert "reference[0]" in said.out
+
+
+def test_an_override_may_give_what_another_algorithm_asks_for(tmp_path: Path) -> None:
+    """The recipe's groups of one are not judged before they are overridden; left as they are, they are refused."""
+    said = raylign("plan", "walks", "--algorithm.name", "grpo", "--batch.group-size", "4", cwd=tmp_path)
+    assert (said.code, said.err) == (0, "")
+    assert "100 prompts x 4" in said.out
+    for overrides in ([], ["--batch.prompts", "9"]):
+        refused = raylign("plan", "walks", "--algorithm.name", "grpo", *overrides, cwd=tmp_path)
+        assert refused.code == 2
+        assert "batch.group_size: must be >= 2 for algorithm 'grpo', got 1" in refused.err
 
 
 def test_a_recipe_of_ones_own_with_a_reward_from_the_folder_one_stands_in(tmp_path: Path) -> None:

@@ -6,18 +6,20 @@ import ast
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from cluster.config import Config
 from pipeline.algorithms.ppo import PPO
+from pipeline.algorithms.registry import AnyAlgorithm
 from pipeline.algorithms.reinforce import Reinforce
 from pipeline.config import RunConfig, check, leaves, load, recipe_path, save
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "pipeline" / "recipes").glob("*.toml"))
+ALGORITHMS = "'ppo', 'reinforce', 'reinforce_baseline', 'a2c', 'rloo', 'grpo', 'reinforce_pp'"
 MINIMAL = 'task = "walks"\nsteps = 2\nmodel.path = "gpt2"\n'
 
 
@@ -53,7 +55,7 @@ def keys(table: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def test_the_bundled_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"quickstart", "walks"}
+    assert {path.stem for path in RECIPES} >= {"lm-human-preferences", "quickstart", "walks"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -65,6 +67,22 @@ def test_a_bundled_recipe_loads_and_has_at_most_25_keys(path: Path) -> None:
     assert recipe_path(path.stem) == path
     assert recipe_path(str(path)) == path
     assert check(config) is config
+
+
+def test_lm_human_preferences_has_the_documented_details() -> None:
+    """By their numbers in Huang et al. 2023. What each key does is held where the key is read."""
+    config = load(recipe_path("lm-human-preferences"))
+    algorithm, shaping, sampling = config.algorithm, config.shaping, config.sampling
+    assert isinstance(algorithm, PPO)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 0, 1.0)  # 3, 4
+    assert (shaping.missing_eos, shaping.eos_penalty, sampling.stop) == ("replace", -1.0, (".",))  # 6
+    assert (shaping.whiten, algorithm.whiten_advantages) == ("scale", True)  # 7
+    assert (config.batch.epochs, algorithm.clip_low, algorithm.clip_high, algorithm.value_clip) == (4, 0.2, 0.2, 0.2)  # 9
+    assert all((learner.adam_epsilon, learner.schedule) == (1e-5, "linear") for learner in (config.policy, config.critic))  # 9
+    assert (algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon, algorithm.kl_in, algorithm.kl_estimator) == (0.15, 6.0, 10_000, "reward", "k1")  # 10
+    assert (algorithm.gamma, algorithm.lam) == (1.0, 0.95)
+    assert config.batch.samples * config.steps // 10_000 == 99  # a million episodes
+    assert (algorithm.needs_critic, algorithm.needs_reference, algorithm.needs_proximal) == (True, True, False)
 
 
 def test_an_unknown_recipe_is_told_which_there_are() -> None:
@@ -185,7 +203,7 @@ def test_an_unknown_key_suggests_the_nearest(text: str, message: str, tmp_path: 
         ("[rollout]\nslots = 12", "rollout.slots: input should be a multiple of 8, got 12"),
         ('[sampling]\nstop = "a"', "sampling.stop: input should be a valid tuple, got 'a'"),
         ("[cluster]\nshare_devices = 3", "cluster.share_devices: input should be a valid boolean, unable to interpret input, got 3"),
-        ('[algorithm]\nname = "grpq"', "algorithm.name: must be one of 'ppo', 'reinforce', got 'grpq'"),
+        ('[algorithm]\nname = "grpq"', f"algorithm.name: must be one of {ALGORITHMS}, got 'grpq'"),
         ("[algorithm]\nlam = 1", "algorithm.name: must be given"),
         ('[algorithm]\nname = "ppo"\nlam = 2', "algorithm.lam: input should be less than or equal to 1, got 2"),
     ],
@@ -219,13 +237,19 @@ def test_what_is_not_toml_is_refused(text: bytes, tmp_path: Path) -> None:
 class Grouped(PPO):
     """An algorithm that compares the samples of one prompt."""
 
-    min_group_size: ClassVar[int] = 2
+    @property
+    def min_group_size(self) -> int:
+        return 2
 
 
 RULES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "more minibatches than samples": (
         {"batch": {"prompts": 3, "group_size": 2, "minibatches": 7}},
         "batch.minibatches: must be <= batch.prompts * batch.group_size = 6, got 7; lower it or raise batch.prompts",
+    ),
+    "no variance among one": (
+        {"batch": {"dynamic_sampling": True}},
+        "batch.group_size: must be >= 2 when batch.dynamic_sampling is true, got 1; one sample has no variance",
     ),
     "a group that is split": (
         {"batch": {"group_size": 9}, "rollout": {"chunk_size": 8}},
@@ -238,6 +262,15 @@ RULES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "a target without a penalty": (
         {"algorithm": {"kl_target": 6.0}},
         "algorithm.kl_coef: must be > 0 when algorithm.kl_target is 6, got 0; the controller multiplies it, so give it a start value, or remove kl_target",
+    ),
+    "a penalty for more tokens than there are": (
+        {"shaping": {"overlong_tokens": 10}},
+        "shaping.overlong_tokens: must be <= sampling.max_new_tokens = 9, got 10; they are the last ones of a completion, so lower it",
+    ),
+    "a cap without weights": (
+        {"algorithm": {"importance_cap": 2.0}},
+        "algorithm.decoupled: must be true when algorithm.importance_cap is 2, got false; "
+        "the cap limits the decoupled objective's weights, so set it, or remove importance_cap",
     ),
     "top-k": (
         {"sampling": {"top_k": 5}},
@@ -329,7 +362,8 @@ def test_what_is_saved_is_the_same_run_again_with_every_default_spelled_out(text
     save(config, tmp_path / "config.toml")
     assert load(tmp_path / "config.toml") == config
     spelled = keys(tomllib.loads((tmp_path / "config.toml").read_text(encoding="utf-8")))
-    others = {f"algorithm.{field}" for field in (PPO.model_fields.keys() | Reinforce.model_fields.keys()) - type(config.algorithm).model_fields.keys()}
+    kinds = get_args(get_args(AnyAlgorithm)[0])
+    others = {f"algorithm.{field}" for kind in kinds for field in kind.model_fields.keys() - type(config.algorithm).model_fields.keys()}
     assert set(spelled) == set(leaves(RunConfig)) - others
 
 
@@ -339,5 +373,5 @@ def test_another_algorithm_keeps_the_settings_it_has_too(tmp_path: Path) -> None
     assert load(path).algorithm == PPO(kl_coef=0.5, gamma=0.9, lam=0.5)
     assert load(path, algorithm="reinforce").algorithm == Reinforce(kl_coef=0.5, gamma=0.9)
     assert load(path, algorithm="ppo") == load(path)
-    with pytest.raises(ValueError, match=r"algorithm\.name: must be one of 'ppo', 'reinforce', got 'grpq'$"):
+    with pytest.raises(ValueError, match=rf"algorithm\.name: must be one of {ALGORITHMS}, got 'grpq'$"):
         load(path, algorithm="grpq")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,17 +11,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from actors.experience import Experience
 from cluster.faults import RunError
 from cluster.session import Session
 from cluster.storage import Folder
 from driver_setup import config, fake_driver
+from pipeline.algorithms.reinforce import Reinforce
 from pipeline.config import RunConfig
 from pipeline.driver import Driver
+from pipeline.observe.account import show_account
 from pipeline.observe.metrics import StepMetrics
 from pipeline.run_folder import read_history
 from pipeline.stopping import Stopped
@@ -82,6 +87,59 @@ def test_a_sample_without_reward_is_quarantined_and_the_step_refilled(ray_sessio
     assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (26, 24, 1, 1, 0)
     rewards = Experience.read(tmp_path / "experience" / "step=0" / "experience.parquet").table["reward"].to_numpy()
     assert not np.isnan(rewards).any()
+
+
+def dynamic(**options: Any) -> RunConfig:
+    """Steps of 4 groups of 2 in chunks of 2 groups, groups without variance left out."""
+    run = config(prompts=4, group_size=2, chunk=4, steps=2)
+    return run.model_copy(update={"batch": run.batch.model_copy(update={"dynamic_sampling": True} | options)})
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_groups_without_variance_are_filtered_and_the_step_refilled(workers: int, ray_session: Session, tmp_path: Path) -> None:
+    """Groups 0 and 1 are all of chunk 0; 4 and 5 come in for them and are no better; 6 and 7 are good. Of the second step, group 9 has lost a sample."""
+    run = dynamic()
+    run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"workers": workers})})
+    with fake_driver(ray_session, run, tmp_path, flat=(0, 1, 4, 5, 9, 10), fail=(19,)) as driver:
+        driver.run(tmp_path / "policy")
+        account, filtered = driver.ledger.account(), driver.ledger.filtered
+    assert [s // 2 for s in trained(tmp_path)[::2]] == [2, 3, 6, 7, 8, 11, 12, 13]
+    assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (28, 16, 11, 1, 0)
+    assert filtered == {"no variance": 10, "lost a member": 1}
+    rewards = Experience.read(tmp_path / "experience" / "step=0" / "experience.parquet").table["reward"].to_numpy().reshape(-1, 2)
+    assert (rewards[:, 0] != rewards[:, 1]).all()
+    out = io.StringIO()
+    show_account(tmp_path, run, Console(file=out, width=200))
+    assert "issued 28 = 16 + 11 + 1 + 0: balances\nfiltered 1: lost a member\nfiltered 10: no variance\nquarantined 1: error: told to fail" in out.getvalue()
+
+
+@pytest.mark.slow
+def test_groups_without_variance_are_kept_unless_they_are_to_be_left_out(ray_session: Session, tmp_path: Path) -> None:
+    with fake_driver(ray_session, dynamic(dynamic_sampling=False), tmp_path, flat=(0, 1)) as driver:
+        driver.run(tmp_path / "policy")
+    assert trained(tmp_path) == list(range(16))
+
+
+def test_refills_that_do_not_end_stop_the_run_by_name(ray_session: Session, tmp_path: Path) -> None:
+    """The first step and at most twice as much again: 12 groups, of which group 2 alone is good, and group 3 lost a sample."""
+    flat = tuple(g for g in range(100) if g != 2)
+    with fake_driver(ray_session, dynamic(max_refills=2), tmp_path, flat=flat, fail=(6,)) as driver, pytest.raises(RunError) as caught:
+        driver.run(tmp_path / "policy")
+    assert "of 10 groups 8 have no variance in their scores and 1 lost a member, 3 of 4 are still missing" in str(caught.value)
+    assert "batch.max_refills = 2" in str(caught.value)
+    assert not (tmp_path / "seen").exists(), "nothing was trained on"
+
+
+@pytest.mark.parametrize(("options", "proximal"), [pytest.param({}, -1.5, marks=pytest.mark.slow), ({"decoupled": True}, -1.25)])
+def test_the_learner_is_asked_for_its_own_log_probs_where_the_algorithm_needs_them(
+    options: dict[str, Any], proximal: float, ray_session: Session, tmp_path: Path
+) -> None:
+    run = config(steps=1).model_copy(update={"algorithm": Reinforce(**options)})
+    with fake_driver(ray_session, run, tmp_path, fail=(2,)) as driver:
+        driver.run(tmp_path / "policy")
+    table = Experience.read(tmp_path / "experience" / "step=0" / "experience.parquet").table
+    assert table["proximal_logprobs"].to_pylist() == [[0, 0, *[proximal] * 3]] * 12
+    assert table["logprobs"].to_pylist() == [[0, 0, *[-1.5] * 3]] * 12
 
 
 @pytest.mark.slow

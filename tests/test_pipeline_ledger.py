@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pipeline.buffer import Buffer
-from pipeline.ledger import Ledger, LedgerState, State
+from pipeline.ledger import LOST_A_MEMBER, NO_VARIANCE, Ledger, LedgerState, State
 
 
 def through(ledger: Ledger, number: int, failed: dict[int, str] | None = None) -> None:
@@ -36,6 +36,41 @@ def test_the_account_of_a_step() -> None:
     account = ledger.check()
     assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (6, 4, 1, 1, 0)
     assert ledger.quarantined == {3: "error: division by zero"}
+
+
+def test_groups_left_out_are_accounted_for_by_reason() -> None:
+    """Groups of 2: 0 is flat, 1 lost a member, 2 is flat and lost a member, 3 is good. What a commit keeps says the same."""
+    ledger = Ledger(group_size=2)
+    chunk = ledger.issue(4, version=0)
+    ledger.generated(chunk.number)
+    ledger.scored(chunk.number, {2: "error: a", 4: "error: b"}, flat=(0, 2))
+    assert chunk.trainable() == [6, 7]
+    ledger.close([chunk.number], trained=2)
+    account = ledger.check()
+    assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (8, 2, 4, 2, 0)
+    assert ledger.filtered == {"lost a member": 2, "no variance": 2}
+    assert Ledger.of(2, LedgerState.model_validate_json(ledger.state().model_dump_json()), version=1).state() == ledger.state()
+
+
+def test_a_flat_group_of_another_chunk_is_noticed() -> None:
+    ledger = Ledger(group_size=2)
+    chunk = ledger.issue(2, version=0)
+    ledger.generated(chunk.number)
+    with pytest.raises(AssertionError, match="chunk 0 does not hold all groups of"):
+        ledger.scored(chunk.number, {}, flat=(2,))
+
+
+def test_a_chunk_of_which_nothing_is_left_ends_with_the_step_and_is_shown_to_nobody() -> None:
+    ledger = Ledger(group_size=2)
+    buffer = Buffer(ledger, samples=2, max_staleness=0)
+    for flat in ((0,), (), (2,)):
+        chunk = ledger.issue(1, version=0)
+        buffer.put_rollouts(chunk.number, f"rollouts {chunk.number}")  # type: ignore[arg-type]
+        buffer.put_scores(chunk.number, f"scores {chunk.number}")  # type: ignore[arg-type]
+        ledger.generated(chunk.number)
+        ledger.scored(chunk.number, {}, flat)
+    batch = buffer.take(step=0, version=0)
+    assert (batch.chunks, batch.emptied, batch.rollouts, batch.sample_ids) == ((1,), (0,), ("rollouts 1",), (2, 3))
 
 
 def test_training_a_sample_less_or_twice_is_noticed() -> None:
@@ -124,6 +159,7 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.ledger = Ledger(group_size=3)
         self.ended: set[int] = set()
+        self.filtered = {LOST_A_MEMBER: 0, NO_VARIANCE: 0}
 
     def in_state(self, state: State) -> list[int]:
         return [c.number for c in self.ledger.open.values() if c.state is state]
@@ -142,7 +178,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def score(self, data: st.DataObject) -> None:
         chunk = self.ledger.open[data.draw(st.sampled_from(self.in_state(State.GENERATED)))]
         failed = data.draw(st.sets(st.integers(chunk.first_sample, chunk.first_sample + chunk.samples - 1)))
-        self.ledger.scored(chunk.number, dict.fromkeys(failed, "error"))
+        flat = data.draw(st.sets(st.integers(chunk.first_group, chunk.first_group + chunk.groups - 1)))
+        self.ledger.scored(chunk.number, dict.fromkeys(failed, "error"), flat)
 
     @precondition(lambda self: self.ledger.open)
     @rule(data=st.data())
@@ -156,6 +193,12 @@ class LedgerMachine(RuleBasedStateMachine):
         samples = [s for n in sorted(numbers) for s in self.ledger.open[n].trainable()]
         assert not self.ended & set(samples), "a sample was trained twice"
         self.ended |= set(samples)
+        for chunk in (self.ledger.open[n] for n in numbers):
+            for group in range(chunk.first_group, chunk.first_group + chunk.groups):
+                members = set(range(3 * group, 3 * group + 3))
+                lost = members & set(chunk.quarantined)
+                if lost or group in chunk.flat:
+                    self.filtered[LOST_A_MEMBER if lost else NO_VARIANCE] += len(members - lost)
         self.ledger.close(sorted(numbers), trained=len(samples))
 
     @rule()
@@ -168,10 +211,11 @@ class LedgerMachine(RuleBasedStateMachine):
         assert {number: chunk.attempt - 1 for number, chunk in self.ledger.open.items()} == in_flight, "the next attempt, so that late answers are fenced"
         assert {chunk.version for chunk in self.ledger.open.values()} <= {1}
         after = self.ledger.account()
-        assert after == dataclasses.replace(before, reissued=before.reissued + before.in_flight)
+        assert after == replace(before, reissued=before.reissued + before.in_flight)
 
     @invariant()
     def balances(self) -> None:
+        assert {reason: count for reason, count in self.filtered.items() if count} == self.ledger.filtered
         account = self.ledger.check()
         assert account.trained == len(self.ended)
         assert self.ledger.watermark <= account.issued

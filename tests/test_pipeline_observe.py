@@ -40,6 +40,7 @@ ASSEMBLED = AssemblyReport(
     prompt_tokens=100,
     reward_mean=0.5,
     reward_std=0.25,
+    shaped_mean=0.375,
     kl_per_rollout=1.5,
     kl_per_token=0.125,
     advantage_std=1.0,
@@ -110,6 +111,7 @@ def test_the_numbers_of_a_step() -> None:
     expected = {
         "reward/mean": 0.5,
         "reward/std": 0.25,
+        "reward/shaped_mean": 0.375,
         "kl/per_rollout": 1.5,
         "kl/per_token": 0.125,
         "kl/coef": 0.2,
@@ -198,7 +200,14 @@ def test_steps_that_are_done_again_replace_their_metrics(tmp_path: Path) -> None
 def test_the_account_of_a_run_names_reasons_and_starts(tmp_path: Path) -> None:
     run = config(steps=9)
     with RunFolder.create(tmp_path / "run", run) as folder:
-        ledger = LedgerState(next_group=100, next_chunk=9, trained=90, filtered=3, reissued=4, quarantined={7: "error: a", 9: "timeout: b", 12: "error: a"})
+        ledger = LedgerState(
+            next_group=100,
+            next_chunk=9,
+            trained=90,
+            filtered={"no variance": 2, "lost a member": 1},
+            reissued=4,
+            quarantined={7: "error: a", 9: "timeout: b", 12: "error: a"},
+        )
         open_chunk = OpenChunk(number=8, first_group=96, groups=4, attempt=0)
         state = DriverState(step=5, kl_coef=0.1, ledger=ledger.model_copy(update={"open": (open_chunk,)}))
         Checkpoints(folder, 2).write(state, {})
@@ -212,6 +221,7 @@ def test_the_account_of_a_run_names_reasons_and_starts(tmp_path: Path) -> None:
     assert "issued 100 = 90 + 3 + 3 + 4: balances" in said
     assert re.search(r"re-issued\s*│\s*4", said)
     assert "quarantined 2: error: a" in said
+    assert "filtered 2: no variance" in said
     assert "quarantined 1: timeout: b" in said
     assert "quarantined samples: 7, 9, 12" in said
     assert "steps 5 to 6 are done but not committed: they would be done again" in said

@@ -48,6 +48,14 @@ def processes(text: str) -> list[tuple[str, int, str]]:
     return [(name, int(bundle), memory) for name, bundle, memory in rows]
 
 
+def test_lm_human_preferences_is_planned_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model is one that the hub would have to be asked for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    text = shown(load(recipe_path("lm-human-preferences")))
+    assert {name for name, *_ in processes(text.replace("?", "0.0 GB"))} == {"policy[0]", "rollout[0]", "reward[0]", "reference[0]", "critic[0]"}
+    assert "a step: 512 prompts x 1 = 512 rollouts of at most 64 + 24 tokens" in text
+
+
 def test_every_process_has_its_seat() -> None:
     text = shown(config(rollout={"workers": 2}, algorithm={"kl_coef": 0.1}, cluster={"cpus_per_bundle": 3}))
     assert [(name, bundle) for name, bundle, _ in processes(text)] == [
@@ -135,7 +143,7 @@ def test_memory_of_each_role_at_gpt2_size() -> None:
     ("updates", "message"),
     [
         ({"reward": {"function": "nowhere:f"}}, r"^reward\.function: must be importable, got 'nowhere:f': No module named 'nowhere'"),
-        ({"reward": {"function": "math:pi"}}, r"^reward\.function: must be callable, got 'math:pi': a float"),
+        ({"reward": {"function": "math:pi"}}, r"^reward\.function: must be callable, got 'math:pi': of type float"),
         ({"sampling": {"temperature": 0.0}}, r"^sampling\.temperature: must be > 0"),
         ({"policy": {"gpus": 2.0}}, r"^policy\.gpus: must be at most 1, got 2"),
     ],

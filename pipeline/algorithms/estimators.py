@@ -52,10 +52,64 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: b
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
     """r_t = -kl_coef * kl_t, plus the score at each rollout's last action token; (B, A), 0 where not real.
 
-    scores: (B,). kl: (B, A), the k1 estimate log pi - log pi_ref. Ziegler et al. 2019, eq. 2.
+    scores: (B,). kl: (B, A), an estimate such as k1, log pi - log pi_ref. Ziegler et al. 2019, eq. 2.
     """
     rewards = (-kl_coef * kl).where(mask, kl.new_zeros(()))
     last = mask.sum(dim=1) - 1  # (B,), -1 for a rollout without action tokens, which earns nothing
     rows = (last >= 0).nonzero().squeeze(-1)
     rewards[rows, last[rows]] += scores[rows]
     return rewards
+
+
+def n_step(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, steps: int) -> tuple[Tensor, Tensor]:
+    """A_t = r_t + ... + gamma^(n-1) r_{t+n-1} + gamma^n V(s_{t+n}) - V(s_t), with V = 0 and r = 0 beyond the last real token.
+
+    Returns (advantages, advantages + values), both (B, A) and 0 where not real. One step is GAE with lam = 0; as many as there are tokens
+    give the reward to go minus V. Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", section 4.
+    """
+    zero = rewards.new_zeros(())
+    rewards, values = rewards.where(mask, zero), values.where(mask, zero)
+    steps = min(steps, rewards.shape[1])
+    deltas = gae(rewards, values, mask, gamma=gamma, lam=0.0)[0]
+    advantages = deltas.clone()
+    for k in range(1, steps):  # A_t = sum_{k < n} gamma^k delta_{t+k}
+        advantages[:, :-k] += gamma**k * deltas[:, k:]
+    return advantages.where(mask, zero), (advantages + values).where(mask, zero)
+
+
+def rollout_returns(rewards: Tensor, mask: Tensor) -> Tensor:
+    """R = sum_t r_t, (B,) float64: what group methods compare. A penalty in the rewards is in it, so it is there before the group is normalised."""
+    return rewards.where(mask, rewards.new_zeros(())).double().sum(dim=1)
+
+
+def over_tokens(per_rollout: Tensor, mask: Tensor) -> Tensor:
+    """(B,) float64 to (B, A) float32: the same number at every real token, 0 elsewhere."""
+    return per_rollout[:, None].where(mask, per_rollout.new_zeros(())).float()
+
+
+def leave_one_out(returns: Tensor, groups: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean over the other counted rollouts of the same group, whether there are any), both (B,). Groups may have any size and order.
+
+    counted: (B,) bool; the others, such as rollouts without an action token, are no samples of the policy and enter no mean.
+    float64, so that equal returns differ from their mean by exactly 0. Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
+    """
+    total, count = _group_sum(returns, groups, counted), _group_sum(counted.double(), groups, counted)
+    others = count - counted.double()
+    rest = total - returns.double().where(counted, total.new_zeros(()))
+    return rest / others.clamp(min=1), others > 0
+
+
+def group_moments(returns: Tensor, groups: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of each rollout's group, both (B,) float64; see `leave_one_out`. Unbiased deviation; 0 for a group of one."""
+    returns = returns.double()
+    count = _group_sum(counted.double(), groups, counted)
+    mean = _group_sum(returns, groups, counted) / count.clamp(min=1)
+    return mean, (_group_sum((returns - mean) ** 2, groups, counted) / (count - 1).clamp(min=1)).sqrt()
+
+
+def _group_sum(values: Tensor, groups: Tensor, counted: Tensor) -> Tensor:
+    """Sum of the counted entries of each rollout's own group, (B,) float64."""
+    values = values.double()
+    values = values.where(counted, values.new_zeros(()))
+    size = int(groups.max()) + 1 if groups.numel() else 0
+    return values.new_zeros(size).index_add(0, groups, values)[groups]

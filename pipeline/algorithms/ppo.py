@@ -10,11 +10,13 @@ critic's learning rate plays that part.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from pipeline.algorithms.base import Advantages, Algorithm, Trajectories
+from pipeline.algorithms import losses
+from pipeline.algorithms.base import Advantages, Trajectories
+from pipeline.algorithms.clipping import Clipped
 from pipeline.algorithms.estimators import gae
 
 if TYPE_CHECKING:
@@ -23,13 +25,11 @@ if TYPE_CHECKING:
     from actors.objective import ActionTokens
 
 
-class PPO(Algorithm):
+class PPO(Clipped):
     """Clipped surrogate with a critic and generalised advantage estimation."""
 
     name: Literal["ppo"] = "ppo"
     """Proximal policy optimisation."""
-
-    needs_critic: ClassVar[bool] = True
 
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount per token."""
@@ -37,36 +37,16 @@ class PPO(Algorithm):
     lam: float = Field(default=0.95, ge=0, le=1)
     """GAE's lambda: 0 trusts the critic alone, 1 the sampled return alone."""
 
-    clip_low: float = Field(default=0.2, ge=0, le=1)
-    """The ratio earns nothing below 1 - clip_low."""
-
-    clip_high: float = Field(default=0.2, ge=0)
-    """The ratio earns nothing above 1 + clip_high (DAPO uses more than clip_low, Yu et al. 2025)."""
-
     value_clip: float = Field(default=0.2, ge=0)
     """The critic earns nothing by moving a value further than this in one step; 0 turns it off."""
+
+    @property
+    def needs_critic(self) -> bool:
+        return True
 
     def advantages(self, batch: Trajectories) -> Advantages:
         advantages, returns = gae(batch.rewards, batch.values, batch.mask, gamma=self.gamma, lam=self.lam)
         return Advantages(advantages=advantages, returns=returns)
 
-    def policy_loss(self, logprobs: Tensor, entropy: Tensor, batch: ActionTokens) -> tuple[Tensor, dict[str, Tensor]]:
-        log_ratio = logprobs - batch.proximal_logprobs
-        ratio = log_ratio.exp()
-        plain = -batch.advantages * ratio
-        clipped = -batch.advantages * ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        moved = log_ratio.detach()
-        statistics = {
-            "entropy": entropy,
-            "clip_fraction": (clipped > plain).float(),
-            "policy_kl": moved.exp() - 1 - moved,  # k3 of KL(old || new), never negative; Schulman, "Approximating KL Divergence"
-        }
-        return plain.maximum(clipped), statistics
-
-    def value_loss(self, values: Tensor, batch: ActionTokens) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, statistics = super().value_loss(values, batch)
-        if self.value_clip == 0:
-            return loss, statistics
-        near = batch.values + (values - batch.values).clamp(-self.value_clip, self.value_clip)
-        clipped = 0.5 * (near - batch.returns) ** 2
-        return loss.maximum(clipped), statistics | {"value_clip_fraction": (clipped > loss).float()}
+    def value_loss(self, values: Tensor, batch: ActionTokens) -> losses.Loss:
+        return losses.squared_error(values, batch.returns, batch.values, clip=self.value_clip)

@@ -6,7 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.algorithms.a2c import A2C
+from pipeline.algorithms.grpo import GRPO
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.reinforce import Reinforce
+from pipeline.algorithms.reinforce_baseline import ReinforceBaseline
+from pipeline.algorithms.reinforce_pp import ReinforcePP
+from pipeline.algorithms.rloo import RLOO
 
-AnyAlgorithm = Annotated[PPO | Reinforce, Field(discriminator="name")]
+AnyAlgorithm = Annotated[PPO | Reinforce | ReinforceBaseline | A2C | RLOO | GRPO | ReinforcePP, Field(discriminator="name")]

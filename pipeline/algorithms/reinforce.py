@@ -8,17 +8,12 @@ without correction. Whitening the returns (on by default) takes the batch mean a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from pipeline.algorithms.base import Advantages, Algorithm, Trajectories
 from pipeline.algorithms.estimators import discounted_returns
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from actors.objective import ActionTokens
 
 
 class Reinforce(Algorithm):
@@ -33,6 +28,3 @@ class Reinforce(Algorithm):
     def advantages(self, batch: Trajectories) -> Advantages:
         returns = discounted_returns(batch.rewards, batch.mask, gamma=self.gamma)
         return Advantages(advantages=returns, returns=returns)
-
-    def policy_loss(self, logprobs: Tensor, entropy: Tensor, batch: ActionTokens) -> tuple[Tensor, dict[str, Tensor]]:
-        return -logprobs * batch.advantages, {"entropy": entropy}

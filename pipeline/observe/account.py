@@ -43,12 +43,17 @@ def show_account(run_dir: Path, config: RunConfig, console: Console) -> None:
     table.add_row("re-issued", f"{state.ledger.reissued:,}", "")
     console.print(table)
     balance = f"{account.trained:,} + {account.filtered:,} + {account.quarantined:,} + {account.in_flight:,}"
-    lines = [f"issued {account.issued:,} = {balance}: {'balances' if account.balances else 'DOES NOT BALANCE'}", *_reasons(state.ledger.quarantined)]
+    lines = [f"issued {account.issued:,} = {balance}: {'balances' if account.balances else 'DOES NOT BALANCE'}"]
+    lines += [*_filtered(state.ledger.filtered), *_reasons(state.ledger.quarantined)]
     done = len(read_metrics(run_dir))
     if done > state.step:
         lines.append(f"steps {state.step} to {done - 1} are done but not committed: they would be done again")
     for line in (*lines, *map(_told, history)):
         console.print(Text(line), soft_wrap=True)
+
+
+def _filtered(reasons: Mapping[str, int]) -> list[str]:
+    return [f"filtered {count:,}: {reason}" for reason, count in sorted(reasons.items())]
 
 
 def _reasons(quarantined: Mapping[int, str]) -> list[str]:

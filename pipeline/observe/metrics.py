@@ -47,6 +47,7 @@ class StepMetrics:
         values = {
             "reward/mean": summary.reward_mean,
             "reward/std": summary.reward_std,
+            "reward/shaped_mean": summary.shaped_mean,
             "kl/per_rollout": summary.kl_per_rollout,
             "kl/per_token": summary.kl_per_token,
             "kl/coef": kl_coef,

@@ -1,7 +1,7 @@
-"""The plug is pulled, twenty times: kill -9 of the driver at a random moment of the run's life, resume, the same final hash.
+"""The plug is pulled, twenty times: kill -9 of the driver at random moments, resume, the same final hash.
 
-Not part of `make test`: `make chaos` runs it, in about fifteen minutes on two cores. The moments are seeded; each run is killed once, from its
-first second to its last, and then resumed through the real entry point.
+Not part of `make test`: `make chaos` runs it. The moments are seeded. A run dies five times: once while it starts or fine-tunes, then a random number of
+steps and a fraction of a second after it was taken up again; then it may end, and must have ended as the run that nothing happened to.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import tomli_w
 
 from run_helpers import ROOT, assert_same, command, environment, recipe
 
-KILLS = 20
-SEED = 20
+LIVES, DEATHS, STEPS = 4, 5, 60
 
 
 @pytest.fixture(scope="module")
@@ -37,38 +36,48 @@ def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> tuple[Path, float]:
-    """The run that nothing happened to, and how long it took."""
-    settings = recipe(steps=12, commit_every=2).model_dump(mode="json")
-    (place / "recipe.toml").write_text(tomli_w.dumps(settings))
-    began = time.monotonic()
+def whole(place: Path) -> Path:
+    """The run that nothing happened to."""
+    (place / "recipe.toml").write_text(tomli_w.dumps(recipe(steps=STEPS, commit_every=3).model_dump(mode="json")))
     process = start(place, "train", str(place / "recipe.toml"), "--run-dir", str(place / "whole"))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    return place / "whole", time.monotonic() - began
+    return place / "whole"
 
 
-DICE = random.Random(SEED)
-MOMENTS = sorted(DICE.random() for _ in range(KILLS))
+def metrics_text(run_dir: Path) -> str:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text() if path.is_file() else ""
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("moment", MOMENTS, ids=[f"{moment:.2f}" for moment in MOMENTS])
-def test_kill_9_of_the_driver_and_resume(place: Path, whole: tuple[Path, float], moment: float) -> None:
-    undisturbed, seconds = whole
-    run_dir = place / f"run-{moment:.4f}"
-    process = start(place, "train", str(place / "recipe.toml"), "--run-dir", str(run_dir))
-    time.sleep(moment * seconds)
+def kill_after(process: subprocess.Popen[str], run_dir: Path, steps: int, seconds: float) -> None:
+    """kill -9 so many seconds after so many steps of the run."""
+    deadline = time.monotonic() + 200
+    while steps and f'"step": {steps - 1},' not in metrics_text(run_dir):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"step {steps} was not reached"
+        time.sleep(0.005)
+    time.sleep(seconds)
     process.kill()
     process.communicate(timeout=60)
-    killed_at = len((run_dir / "metrics.jsonl").read_text().splitlines()) if (run_dir / "metrics.jsonl").is_file() else 0
-    if not (run_dir / "history.json").is_file():
-        print(f"\nkilled after {moment * seconds:.1f} s, before there was a run")
-        return
-    again = start(place, "resume", str(run_dir))
-    out, err = again.communicate(timeout=500)
-    assert again.returncode == 0, err
-    assert err == ""
-    assert_same(run_dir, undisturbed)
-    print(f"\nkilled after {moment * seconds:.1f} s with {killed_at} steps done; {out.splitlines()[0]}; same hash")
+    commits = [folder.name for folder in sorted((run_dir / "checkpoints").glob("*"))]
+    print(f"\n  kill -9 with {metrics_text(run_dir).count(chr(10))} steps done; commits: {', '.join(commits) or 'none'}", end="", flush=True)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("life", range(LIVES))
+def test_kill_9_of_the_driver_and_resume(place: Path, whole: Path, life: int) -> None:
+    dice, run_dir = random.Random(life), place / f"life-{life}"
+    process = start(place, "train", str(place / "recipe.toml"), "--run-dir", str(run_dir))
+    while not (run_dir / "history.json").is_file():
+        time.sleep(0.05)
+    kill_after(process, run_dir, 0, dice.uniform(0, 15))
+    for death in range(1, DEATHS):
+        again = start(place, "resume", str(run_dir))
+        kill_after(again, run_dir, STEPS * (death - 1) // DEATHS + dice.randint(4, 11), dice.uniform(0, 0.4))
+    last = start(place, "resume", str(run_dir))
+    out, err = last.communicate(timeout=500)
+    assert (last.returncode, err) == (0, "")
+    assert_same(run_dir, whole)
+    print(f"\n  {out.splitlines()[0]}; the same hash at the end", flush=True)
     shutil.rmtree(run_dir)

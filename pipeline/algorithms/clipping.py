@@ -1,0 +1,44 @@
+"""The clipped surrogate as a base class, for every algorithm that takes several updates a step. Which paper says what: see losses.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from pipeline.algorithms import losses
+from pipeline.algorithms.base import Algorithm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from actors.objective import ActionTokens
+
+
+class Clipped(Algorithm):
+    """Loss max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) with r = pi / pi_proximal. At r = 1 its gradient is the plain one."""
+
+    ratio: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's own ratio, or the rollout's, length-normalised (GSPO, Zheng et al. 2025, with bounds near 3e-4)."""
+
+    clip_low: float = Field(default=0.2, ge=0, le=1)
+    """The ratio earns nothing below 1 - clip_low."""
+
+    clip_high: float = Field(default=0.2, ge=0)
+    """The ratio earns nothing above 1 + clip_high (DAPO uses more than clip_low, Yu et al. 2025)."""
+
+    dual_clip: float = Field(default=0.0, ge=0)
+    """Where the advantage is negative, the ratio costs no more than this; 3 is usual (Ye et al. 2020). 0: no limit."""
+
+    def surrogate(self, logprobs: Tensor, batch: ActionTokens) -> losses.Loss:
+        log_ratio = logprobs - batch.proximal_logprobs
+        if self.ratio == "sequence":
+            log_ratio = losses.sequence_log_ratio(log_ratio, batch.row, batch.rows)
+        return losses.clipped(log_ratio, batch.advantages, low=self.clip_low, high=self.clip_high, dual=self.dual_clip)
+
+    def rules(self) -> None:
+        super().rules()
+        if self.dual_clip and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"algorithm.dual_clip: must be above 1 + algorithm.clip_high = {1 + self.clip_high:g}, got {self.dual_clip:g}; 3 is usual, 0 turns it off"
+            )

@@ -1,0 +1,169 @@
+"""The learner with objectives that look at whole rollouts: one global gradient, however rows fall on ranks and micro-batches.
+
+The oracle is one rank, one micro-batch, no sharding, whose loss tests/test_pipeline_losses.py holds against a slow loop; here only the cutting varies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from actors.config import LearnerConfig
+from actors.learner import Learner, UpdatePlan
+from actors.model import PolicyModel, TokenInputs, load_causal_lm
+from learner_helpers import Trained, free_port, make_experience, pair, plan, replace, save_tiny_model, weights_of
+from pipeline.algorithms.base import Algorithm
+from pipeline.algorithms.grpo import GRPO
+from pipeline.algorithms.ppo import PPO
+from pipeline.algorithms.reinforce import Reinforce
+
+RATE = 1e-3
+TOLERANCE = RATE / 500  # of a weight; float32 sums in another order, divided by Adam's epsilon where the true gradient is zero
+
+OBJECTIVES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
+    "sequence ratio": (GRPO(ratio="sequence", clip_low=0.02, clip_high=0.05), {"aggregation": "sequence_mean"}),
+    "sequence masking": (PPO(mask_low=0.9, mask_high=1.1, decoupled=True, importance_cap=1.2), {"aggregation": "token_mean"}),
+    "constant": (GRPO(std=False, dual_clip=3.0), {"aggregation": "constant", "constant": 14}),
+    "bonus and penalty": (Reinforce(entropy_coef=0.5, kl_coef=0.2, kl_in="loss", kl_estimator="k3"), {"entropy_gradient": True, "kl_coef": 0.7}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(Path(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def experience(path: str) -> pa.Table:
+    """11 rollouts; the learner's own log-probs are proximal, and the sampler's differ from them, rollout by rollout."""
+    table = make_experience(11)
+    own = learner_of(path, PPO(), LearnerConfig(), 0, 1, 0).infer(table.select(rollout_names()))[1]
+    proximal = dict(zip(own["sample_id"].to_pylist(), own["logprobs"].to_pylist(), strict=True))
+    table = make_experience(11, proximal=proximal)
+    apart = np.random.default_rng(3).normal(0, 0.15, 11)
+    sampled = [[x + shift if x else 0.0 for x in row] for row, shift in zip(table["proximal_logprobs"].to_pylist(), apart, strict=True)]
+    return replace(table, "logprobs", sampled)
+
+
+def rollout_names() -> list[str]:
+    from actors.experience import Rollouts
+
+    return list(Rollouts.schema.names)
+
+
+def learner_of(path: str, objective: Algorithm, config: LearnerConfig, rank: int, ranks: int, port: int) -> Learner:
+    learner = Learner(role="policy", rank=rank, ranks=ranks, path=path, config=config, temperature=0.9, objective=objective,
+                      total_updates=1000, seed=0, timeout_s=60.0)  # fmt: skip
+    learner.connect("127.0.0.1", port or free_port())
+    return learner
+
+
+def train(rank: int, ranks: int, port: int, path: str, objective: Algorithm, config: LearnerConfig, table: pa.Table, how: UpdatePlan) -> Trained:
+    learner = learner_of(path, objective, config, rank, ranks, port)
+    report = learner.update(table, how)
+    return Trained(reports=[report], weights=weights_of(learner) or {})
+
+
+def run(ranks: int, *arguments: Any) -> Trained:
+    if ranks == 1:
+        return train(0, 1, 0, *arguments)
+    first, second = pair().run(train, *arguments)
+    assert first.reports[0].statistics == second.reports[0].statistics
+    return first  # type: ignore[no-any-return]
+
+
+def drift(table: pa.Table) -> list[list[float]]:
+    """log of proximal over sampled at each action token of each rollout."""
+    rows = zip(table["proximal_logprobs"].to_pylist(), table["logprobs"].to_pylist(), strict=True)
+    return [[p - s for p, s in zip(*row, strict=True) if p] for row in rows]
+
+
+def config(**options: Any) -> LearnerConfig:
+    return LearnerConfig(learning_rate=RATE, schedule="constant", max_grad_norm=0.5, **options)
+
+
+def course(epochs: int = 1, **options: Any) -> UpdatePlan:
+    return dataclasses.replace(plan(epochs=epochs, minibatches=1), **options)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_is_the_same_for_every_cut(name: str, path: str, experience: pa.Table) -> None:
+    """Ranks {1, 2} x micro-batches {1, 3, all} x ZeRO {0, 2} x order of samples."""
+    objective, options = OBJECTIVES[name]
+    three = course(epochs=3, **options)
+    want = run(1, path, objective, config(zero_stage=0, micro_batch_size=64), experience, three)
+    turned = experience.take(np.random.default_rng(1).permutation(11))
+    for ranks, size, stage, table in (
+        (1, 1, 0, turned), (1, 3, 2, experience), (1, 64, 2, turned),
+        (2, 1, 2, experience), (2, 3, 0, turned), (2, 3, 2, turned), (2, 64, 0, experience),
+    ):  # fmt: skip
+        got = run(ranks, path, objective, config(zero_stage=stage, micro_batch_size=size), table, three)
+        where = f"{ranks} ranks, micro-batches of {size}, stage {stage}"
+        assert got.reports[0].loss == pytest.approx(want.reports[0].loss, rel=1e-4, abs=1e-5), where
+        assert got.reports[0].grad_norm == pytest.approx(want.reports[0].grad_norm, rel=1e-4), where
+        assert got.reports[0].statistics == pytest.approx(want.reports[0].statistics, rel=1e-3, abs=1e-5), where
+        for weight, tensor in got.weights.items():
+            assert float((tensor - want.weights[weight]).abs().max()) < TOLERANCE, f"{where}: {weight}"
+
+
+def test_masking_is_at_work_in_that_test(path: str, experience: pa.Table) -> None:
+    objective, options = OBJECTIVES["sequence masking"]
+    report = run(2, path, objective, config(micro_batch_size=3), experience, course(**options)).reports[0]
+    assert 0.1 < report.statistics["masked_fraction"] < 0.9
+    # Dropped rollouts count in the normaliser, so the loss of the others is what it would be beside rollouts without advantage.
+    kept = [math.log(0.9) <= np.mean(row) <= math.log(1.1) for row in drift(experience)]
+    quiet = replace(experience, "advantages", [[a if k else 0.0 for a in row] for k, row in zip(kept, experience["advantages"].to_pylist(), strict=True)])
+    plain = run(1, path, PPO(decoupled=True, importance_cap=1.2), config(micro_batch_size=3), quiet, course()).reports[0]
+    assert report.loss == pytest.approx(plain.loss, rel=1e-4, abs=1e-6)
+    assert report.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)
+
+
+def test_the_greatest_importance_weight_is_over_all_ranks(path: str, experience: pa.Table) -> None:
+    report = run(2, path, PPO(decoupled=True), config(micro_batch_size=3), experience, course()).reports[0]
+    weights = [math.exp(d) for row in drift(experience) for d in row]
+    assert report.statistics["importance_weight_max"] == pytest.approx(max(weights), rel=1e-5)
+    assert report.statistics["importance_weight"] == pytest.approx(np.mean(weights), rel=1e-5)
+
+
+def test_a_constant_aggregation_divides_by_rows_and_constant(path: str, experience: pa.Table) -> None:
+    means = {
+        aggregation: run(1, path, Reinforce(), config(), experience, course(aggregation=aggregation, constant=20)).reports[0].loss
+        for aggregation in ("token_mean", "constant")
+    }
+    tokens = sum(sum(row) for row in experience["action_mask"].to_pylist())
+    assert means["constant"] * 11 * 20 == pytest.approx(means["token_mean"] * tokens, rel=1e-5)
+
+
+def test_the_entropys_gradient_is_that_of_the_distribution(path: str) -> None:
+    model = PolicyModel(load_causal_lm(path, torch.float32), temperature=0.9)
+    inputs = TokenInputs(input_ids=torch.tensor([[3, 5, 7, 9]]), states=torch.tensor([1, 2]), targets=torch.tensor([7, 9]))
+    logits = model.causal_lm(inputs.input_ids).logits[0, 1:3] / 0.9
+    probabilities = torch.softmax(logits, -1)
+    wanted = -(probabilities * probabilities.log()).sum(-1)
+    wanted.sum().backward()
+    gradient = model.head.weight.grad.clone()
+    model.zero_grad()
+    entropy = model(inputs, entropy="gradient")[1]
+    assert torch.allclose(entropy, wanted, atol=1e-5)
+    entropy.sum().backward()
+    assert torch.allclose(model.head.weight.grad, gradient, atol=1e-5)
+    assert not model(inputs, entropy="value")[1].requires_grad
+    assert len(model(inputs)[1]) == 0
+    with torch.no_grad():
+        assert not model(inputs, entropy="gradient")[1].requires_grad
