@@ -98,7 +98,8 @@ def _parse_recipe(name: str, rest: list[str]) -> Command:
     parser.add_argument("--algorithm.name", dest="algorithm", default="")  # decides which other settings there are
     known, overrides = parser.parse_known_args(rest)
     path = recipe_path(recipe)
-    return Command(name=name, recipe=path.stem, run_dir=known.run_dir, config=_override(load(path, known.algorithm), overrides, program))
+    config = load(path, known.algorithm, checked=not overrides)
+    return Command(name=name, recipe=path.stem, run_dir=known.run_dir, config=_override(config, overrides, program))
 
 
 def _parse_run(name: str, rest: list[str]) -> Command:

@@ -240,14 +240,17 @@ def recipe_path(recipe: str) -> Path:
     raise ValueError(f"recipe: must be a TOML file or one of {sorted(bundled)}, got {recipe!r}")
 
 
-def load(path: Path, algorithm: str = "") -> RunConfig:
+def load(path: Path, algorithm: str = "", *, checked: bool = True) -> RunConfig:
     """Read a recipe; `algorithm` names another than its own, which keeps those of the recipe's settings that it has, too.
+
+    checked: whether its fields must go together as they are; not so where some will be overridden.
 
     Raises ValueError with one line a fault, each naming field, rule and value.
     """
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-        return check(RunConfig.model_validate(_with_algorithm(recipe, algorithm) if algorithm else recipe))
+        config = RunConfig.model_validate(_with_algorithm(recipe, algorithm) if algorithm else recipe)
+        return check(config) if checked else config
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: must be TOML: {error}") from error
     except ValidationError as error:

@@ -157,6 +157,17 @@ def test_another_algorithm_by_its_name(tmp_path: Path) -> None:
     assert "reference[0]" in said.out
 
 
+def test_an_override_may_give_what_another_algorithm_asks_for(tmp_path: Path) -> None:
+    """The recipe's groups of one are not judged before they are overridden; left as they are, they are refused."""
+    said = raylign("plan", "walks", "--algorithm.name", "grpo", "--batch.group-size", "4", cwd=tmp_path)
+    assert (said.code, said.err) == (0, "")
+    assert "100 prompts x 4" in said.out
+    for overrides in ([], ["--batch.prompts", "9"]):
+        refused = raylign("plan", "walks", "--algorithm.name", "grpo", *overrides, cwd=tmp_path)
+        assert refused.code == 2
+        assert "batch.group_size: must be >= 2 for algorithm 'grpo', got 1" in refused.err
+
+
 def test_a_recipe_of_ones_own_with_a_reward_from_the_folder_one_stands_in(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('task = "walks"\nsteps = 3\n[finetune]\nepochs = 1\n[reward]\nfunction = "my_reward:length"\n')
     (tmp_path / "my_reward.py").write_text("def length(prompts, responses, metadata):\n    return [len(r) for r in responses]\n")
