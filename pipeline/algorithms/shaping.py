@@ -3,6 +3,7 @@
     score --clip--> --missing end--> --overlong--> shaped score --with KL--> token rewards --whiten--> algorithm
 
 The order matters: penalties are said in the score's own units and are never clipped. The score as it was given stays in the experience.
+Whitening with a shift gives every token a share of the step's mean, so that a rollout's return then depends on its length; hence the original's without.
 Left out: normalisation by running statistics; it makes a step's rewards depend on all steps before, and whitening does what it is wanted for.
 """
 
