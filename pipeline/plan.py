@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -52,7 +51,7 @@ def show(config: RunConfig, console: Console) -> None:
         disk = _commit_bytes(config, shape.parameters) / 1e6
         lines.append(f"a commit every {config.commit_every} steps, at most {disk:,.0f} MB; {config.keep_commits} are kept, and one more while it is written")
     else:
-        lines.append(f"model {config.model.path}: neither a folder here nor reachable, so its size is not known")
+        lines.append(f"model {config.model.path}: not on this machine (a run would fetch it), so its size is not known")
     for line in (*lines, _arithmetic(config)):
         console.print(Text(line), soft_wrap=True)
 
@@ -76,11 +75,9 @@ def _shape(config: RunConfig) -> Shape | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not os.path.isdir(model.path):
-        os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
     try:
-        found = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
-    except OSError:  # not a folder, not cached, and no hub to ask
+        found = AutoConfig.from_pretrained(model.path, trust_remote_code=False, local_files_only=True)  # a plan starts nothing, and waits for nobody
+    except OSError:
         return None
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(found).parameters())

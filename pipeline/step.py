@@ -53,11 +53,12 @@ class Update:
             if report is not None and report.updates == 0:
                 raise RunError(role, phase, f"every gradient of the step was not finite ({report.skipped} updates skipped)", "Lower its learning rate.")
         exact = config.policy.dtype == config.rollout.dtype == "float32"
-        if exact and self.policy.ratio_deviation > MAX_RATIO_DEVIATION:
+        off = max(self.policy.ratio_deviation, self.policy.logprob_gap_max)  # the gap speaks where the ratio is to the learner's own log-probs
+        if exact and off > MAX_RATIO_DEVIATION:
             raise RunError(
                 "policy",
                 phase,
-                f"before any update its ratio to the sampled log-probs must be 1, it is off by {self.policy.ratio_deviation:.2g}",
+                f"before any update its ratio to the sampled log-probs must be 1, it is off by {off:.2g}",
                 "The engine and the learner compute different log-probs for this model; it cannot be trained as it is.",
             )
 

@@ -48,9 +48,8 @@ def processes(text: str) -> list[tuple[str, int, str]]:
     return [(name, int(bundle), memory) for name, bundle, memory in rows]
 
 
-def test_lm_human_preferences_is_planned_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_human_preferences_is_planned_without_a_hub() -> None:
     """Its model is one that the hub would have to be asked for."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = shown(load(recipe_path("lm-human-preferences")))
     assert {name for name, *_ in processes(text.replace("?", "0.0 GB"))} == {"policy[0]", "rollout[0]", "reward[0]", "reference[0]", "critic[0]"}
     assert "a step: 512 prompts x 1 = 512 rollouts of at most 64 + 24 tokens" in text
@@ -96,10 +95,9 @@ def test_a_model_far_too_large_for_this_machine_is_planned(tmp_path: Path) -> No
     assert _shape(config(model={"path": str(tmp_path)})) == Shape(parameters=70_553_706_496, layers=80, kv_width=1024, context=8192)
 
 
-def test_a_model_that_cannot_be_looked_at_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_model_that_cannot_be_looked_at_is_said_so() -> None:
     text = shown(config(model={"path": "nobody/nothing [/x]"}))
-    assert "model nobody/nothing [/x]: neither a folder here nor reachable, so its size is not known" in text
+    assert "model nobody/nothing [/x]: not on this machine (a run would fetch it), so its size is not known" in text
     assert {memory for _, _, memory in processes(text)} == {"?"}
     assert "4,000 rollouts" in text
 
