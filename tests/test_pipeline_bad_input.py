@@ -219,8 +219,8 @@ AT_ONCE: dict[str, Row] = {
         "reward: must have a function or a model, got both ('mine:zero', 'judge'); remove one",
     ),
     "two GPUs for a process": ("train walks --policy.gpus 2", "policy.gpus: must be at most 1, got 2; a process computes on one device"),
-    "no such algorithm": ("train walks --algorithm.name grpq", "algorithm.name: must be one of 'ppo', 'reinforce', got 'grpq'"),
-    "no such recipe": ("train missing.toml", "recipe: must be a TOML file or one of ['quickstart', 'walks'], got 'missing.toml'"),
+    "no such algorithm": ("train walks --algorithm.name grpq", "algorithm.name: must be one of 'ppo' ... 'grpo' ... got 'grpq'"),
+    "no such recipe": ("train missing.toml", "recipe: must be a TOML file or one of ... 'quickstart', 'walks'], got 'missing.toml'"),
     "no recipe at all": ("train mine.py", "mine.py: must be TOML"),
 }
 

@@ -182,7 +182,7 @@ def test_rollout_reward_and_reference_workers_and_both_learners_may_die_in_one_r
     said = disturbed(run_dir, deaths)
     assert_same(run_dir, whole, reissued=True)
     for who in ("critic", "policy"):
-        assert re.search(rf"{who}\[0\] failed during '\w+' \(the process or its node is gone\); back to step \d, recovered in [\d.]+ s", said)
+        assert re.search(rf"{who}\[0\] failed during '[^']+' \(the process or its node is gone\); back to step \d, recovered in [\d.]+ s", said)
     assert metrics_of(run_dir)[-1]["incident/replaced_workers"] == 3
     assert metrics_of(run_dir)[-1]["incident/rolled_back"] == 2
 
@@ -192,7 +192,7 @@ def test_a_stopped_rank_is_noticed_and_replaced(sharded: Path, tmp_path: Path) -
     """One of two policy ranks stops: its peer waits peer_timeout_s for it, not half an hour."""
     config = load(sharded / "config.toml")
     said = disturbed(tmp_path / "run", {2: signalling(signal.SIGSTOP, "policy[1]")}, policy=config.policy, critic=config.critic)
-    assert "policy[1] failed during 'update'" in said
+    assert re.search(r"policy\[1\] failed during '[^']+' \(it did not answer in time\); back to step 2", said)
     assert_same(tmp_path / "run", sharded)
 
 
