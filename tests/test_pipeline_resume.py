@@ -25,35 +25,12 @@ from pipeline.run import resume, train
 from run_helpers import ROOT, assert_same, await_log, command, environment, final_commit, learning, metrics_of, pid_of, quiet, recipe
 
 
-class PlugPulledError(BaseException):
-    """Not caught anywhere: the run ends where it stands."""
-
-
 @pytest.fixture(scope="module")
 def whole(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happened to."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     train(recipe(), run_dir, quiet())
     return run_dir
-
-
-def break_off_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run ends the moment the metrics of a step are written."""
-    write = Observer.step
-
-    def step_and_end(self: Observer, metrics: StepMetrics) -> None:
-        write(self, metrics)
-        if metrics.step == step:
-            raise PlugPulledError
-
-    monkeypatch.setattr(Observer, "step", step_and_end)
-
-
-def broken_off(run_dir: Path, step: int, **changes: Any) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        break_off_after(step, patch)
-        with pytest.raises(PlugPulledError):
-            train(recipe(**changes), run_dir, quiet())
 
 
 def go_on(run_dir: Path, config: RunConfig | None = None, allowed: tuple[str, ...] = ()) -> str:
@@ -73,14 +50,6 @@ def taken_back(whole: Path, run_dir: Path, *, to_step: int = 2) -> Path:
         if int(commit.name[5:13]) > to_step:
             shutil.rmtree(commit)
     return run_dir
-
-
-@pytest.mark.slow
-def test_n_steps_and_n_more_are_the_same_as_all_at_once(whole: Path, tmp_path: Path) -> None:
-    """Broken off in step 3 of 4, after the commit of step 2."""
-    broken_off(tmp_path / "run", 2)
-    assert "resumed from commit step=00000002-epoch=0001" in go_on(tmp_path / "run")
-    assert_same(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
@@ -187,21 +156,12 @@ def test_rollout_reward_and_reference_workers_and_both_learners_may_die_in_one_r
     assert metrics_of(run_dir)[-1]["incident/rolled_back"] == 2
 
 
-@pytest.mark.slow
-def test_a_stopped_rank_is_noticed_and_replaced(sharded: Path, tmp_path: Path) -> None:
-    """One of two policy ranks stops: its peer waits peer_timeout_s for it, not half an hour."""
-    config = load(sharded / "config.toml")
-    said = disturbed(tmp_path / "run", {2: signalling(signal.SIGSTOP, "policy[1]")}, policy=config.policy, critic=config.critic)
-    assert re.search(r"policy\[1\] failed during '[^']+' \(it did not answer in time\); back to step 2", said)
-    assert_same(tmp_path / "run", sharded)
-
-
 # ---- through the real entry point ----
 
 
 @pytest.mark.slow
 def test_sigterm_then_kill_9_then_the_end_by_the_command_line(whole: Path, tmp_path: Path) -> None:
-    """`train` is asked to stop, `resume` is killed, `resume` finishes: the same bits, and at no time a traceback."""
+    """N steps and N more are all at once: `train` is asked to stop, `resume` is killed, `resume` finishes: the same bits, and at no time a traceback."""
     run_dir, pipe = tmp_path / "run", subprocess.PIPE
     start = command("train", str(whole / "config.toml"), "--commit-every", "1", "--run-dir", str(run_dir))
     with subprocess.Popen(start, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:

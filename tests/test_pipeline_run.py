@@ -26,6 +26,8 @@ from pipeline.algorithms.reinforce import Reinforce
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
 from pipeline.run import Result, train
 
+pytestmark = pytest.mark.slow  # they share a run that takes half a minute
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -120,7 +122,6 @@ def test_processes_write_their_chatter_to_the_log_folder(walker: Path) -> None:
     assert {"policy-0.log", "critic-0.log", "rollout-0.log", "reward-0.log", "reference-0.log"} <= {p.name for p in (walker / "log").iterdir()}
 
 
-@pytest.mark.slow
 def test_two_rollout_workers_give_the_samples_of_one_to_the_bit(walker: Path, tmp_path: Path) -> None:
     config = from_walker(walker, algorithm=Reinforce())
     run(config, tmp_path / "one")
@@ -129,7 +130,6 @@ def test_two_rollout_workers_give_the_samples_of_one_to_the_bit(walker: Path, tm
         assert experience(tmp_path / "one", step).table.equals(experience(tmp_path / "two", step).table)
 
 
-@pytest.mark.slow
 def test_two_ranks_of_sharded_learners_learn_the_same(walker: Path, tmp_path: Path) -> None:
     """ZeRO 2 on two ranks against one process: same samples in step 0, same losses and norms within float32 sums' accuracy."""
     one = from_walker(walker)
@@ -141,7 +141,6 @@ def test_two_ranks_of_sharded_learners_learn_the_same(walker: Path, tmp_path: Pa
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
 
 
-@pytest.mark.slow
 def test_heads_train_on_a_frozen_trunk(walker: Path, tmp_path: Path) -> None:
     heads = LearnerConfig(learning_rate=1e-2, trainable="heads", zero_stage=0)
     run(from_walker(walker, policy=heads, critic=heads), tmp_path / "run")
@@ -151,7 +150,6 @@ def test_heads_train_on_a_frozen_trunk(walker: Path, tmp_path: Path) -> None:
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
 
 
-@pytest.mark.slow
 def test_bfloat16_throughout(walker: Path, tmp_path: Path) -> None:
     learner = LearnerConfig(learning_rate=1e-3, dtype="bfloat16")
     config = from_walker(walker, policy=learner, critic=learner, reference=ReferenceConfig(dtype="bfloat16"))
@@ -160,7 +158,6 @@ def test_bfloat16_throughout(walker: Path, tmp_path: Path) -> None:
         assert 0 < m["policy/logprob_gap_max"] < 0.5, "sampler and learner differ by bfloat16's rounding, and that is reported"
 
 
-@pytest.mark.slow
 def test_a_classifier_folder_is_a_reward(walker: Path, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -170,15 +167,6 @@ def test_a_classifier_folder_is_a_reward(walker: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "judge")
     run(from_walker(walker, reward=RewardConfig(model=str(tmp_path / "judge")), steps=1), tmp_path / "run")
     assert np.unique(experience(tmp_path / "run", 0).table["reward"].to_numpy()).size > 5
-
-
-@pytest.mark.slow
-def test_the_same_run_twice_is_the_same_to_the_bit(walker: Path, tmp_path: Path) -> None:
-    run(from_walker(walker), tmp_path / "a")
-    run(from_walker(walker), tmp_path / "b")
-    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "policy").state_dict() for name in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert experience(tmp_path / "a", 1).table.equals(experience(tmp_path / "b", 1).table)
 
 
 def test_a_run_folder_in_use_is_refused_and_left_alone(walker: Path) -> None:
@@ -194,7 +182,6 @@ def test_evaluation_asks_every_heldout_prompt_once(walker: Path) -> None:
     assert len(set(prompts)) == len(prompts) == 10
 
 
-@pytest.mark.slow
 def test_ppo_learns_to_walk(ray_session: Session, tmp_path: Path) -> None:
     """The bundled recipe, shortened: optimality rises by a margin that the interval separates from zero."""
     shortened = load(recipe_path("walks")).model_copy(update={"steps": 25, "cluster": ClusterConfig(cpus_per_bundle=1)})
@@ -203,7 +190,6 @@ def test_ppo_learns_to_walk(ray_session: Session, tmp_path: Path) -> None:
     assert result.comparison.after_reward.mean > 0.75
 
 
-@pytest.mark.slow
 def test_the_quickstart_command_from_end_to_end(tmp_path: Path) -> None:
     """The real entry point with the real data, a minute shorter than a user's."""
     small = ["--steps", "2", "--finetune.epochs", "2", "--batch.prompts", "16", "--evaluation.prompts", "12", "--model.width", "32"]
@@ -216,7 +202,6 @@ def test_the_quickstart_command_from_end_to_end(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "policy").eos_token == "<|endoftext|>"
 
 
-@pytest.mark.slow
 def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
     short = Path(tempfile.mkdtemp(prefix="st-", dir="/tmp"))  # sockets lie in it, and their names must be short
     command = [sys.executable, "-m", "pipeline", "train", "walks", "--run-dir", str(tmp_path / "run")]
