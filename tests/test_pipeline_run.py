@@ -22,7 +22,6 @@ from actors.experience import Experience
 from cluster.config import ClusterConfig
 from cluster.session import Session
 from pipeline.algorithms.ppo import PPO
-from pipeline.algorithms.reinforce import Reinforce
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
 from pipeline.run import Result, train
 
@@ -123,20 +122,17 @@ def test_processes_write_their_chatter_to_the_log_folder(walker: Path) -> None:
 
 
 def test_two_rollout_workers_give_the_samples_of_one_to_the_bit(walker: Path, tmp_path: Path) -> None:
-    config = from_walker(walker, algorithm=Reinforce())
-    run(config, tmp_path / "one")
+    config = from_walker(walker)
     run(config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 2})}), tmp_path / "two")
     for step in range(2):
-        assert experience(tmp_path / "one", step).table.equals(experience(tmp_path / "two", step).table)
+        assert experience(walker, step).table.equals(experience(tmp_path / "two", step).table)
 
 
 def test_two_ranks_of_sharded_learners_learn_the_same(walker: Path, tmp_path: Path) -> None:
     """ZeRO 2 on two ranks against one process: same samples in step 0, same losses and norms within float32 sums' accuracy."""
-    one = from_walker(walker)
     sharded = LearnerConfig(learning_rate=1e-3, ranks=2, zero_stage=2, micro_batch_size=5)
-    run(one, tmp_path / "one")
-    run(one.model_copy(update={"policy": sharded, "critic": sharded}), tmp_path / "two")
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+    run(from_walker(walker, policy=sharded, critic=sharded), tmp_path / "two")
+    for a, b in zip(metrics(walker), metrics(tmp_path / "two"), strict=True):
         for key in ("policy/loss", "policy/grad_norm", "critic/loss", "critic/grad_norm", "reward/mean", "kl/per_rollout"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
 
