@@ -220,6 +220,7 @@ def test_the_account_of_a_run_names_reasons_and_starts(tmp_path: Path) -> None:
     assert "samples after 5 of 9 committed steps" in said
     assert "issued 100 = 90 + 3 + 3 + 4: balances" in said
     assert re.search(r"re-issued\s*│\s*4", said)
+    assert "every sample below 96 has ended" in said
     assert "quarantined 2: error: a" in said
     assert "filtered 2: no variance" in said
     assert "quarantined 1: timeout: b" in said

@@ -44,6 +44,7 @@ def show_account(run_dir: Path, config: RunConfig, console: Console) -> None:
     console.print(table)
     balance = f"{account.trained:,} + {account.filtered:,} + {account.quarantined:,} + {account.in_flight:,}"
     lines = [f"issued {account.issued:,} = {balance}: {'balances' if account.balances else 'DOES NOT BALANCE'}"]
+    lines.append(f"every sample below {ledger.watermark:,} has ended")
     lines += [*_filtered(state.ledger.filtered), *_reasons(state.ledger.quarantined)]
     done = len(read_metrics(run_dir))
     if done > state.step:
