@@ -110,7 +110,9 @@ def test_groups_without_variance_are_filtered_and_the_step_refilled(workers: int
     assert (rewards[:, 0] != rewards[:, 1]).all()
     out = io.StringIO()
     show_account(tmp_path, run, Console(file=out, width=200))
-    assert "issued 28 = 16 + 11 + 1 + 0: balances\nfiltered 1: lost a member\nfiltered 10: no variance\nquarantined 1: error: told to fail" in out.getvalue()
+    shown = out.getvalue()
+    assert "issued 28 = 16 + 11 + 1 + 0: balances\nevery sample below 28 has ended" in shown
+    assert "filtered 1: lost a member\nfiltered 10: no variance\nquarantined 1: error: told to fail" in shown
 
 
 @pytest.mark.slow
