@@ -90,7 +90,7 @@ class RewardWorker:
         """
         started = time.monotonic()
         table = Rollouts(rollouts).table
-        prompts, responses = self._texts(table)
+        prompts, responses = self.texts(table)
         metadata = [json.loads(text) for text in table["metadata"].to_pylist()]
         scores: list[Score] = [(math.nan, "error", "rollout: generation failed")] * table.num_rows
         rows = [row for row, finish in enumerate(table["finish"].to_pylist()) if finish != "error"]
@@ -118,7 +118,7 @@ class RewardWorker:
         samples = zip(prompts, responses, metadata, strict=True)
         return [self._call([prompt], [response], [row])[0] for prompt, response, row in samples]
 
-    def _texts(self, table: pa.Table) -> tuple[list[str], list[str]]:
+    def texts(self, table: pa.Table) -> tuple[list[str], list[str]]:
         """Prompts and responses as text. A rollout's later environment turns belong to neither."""
         tokens, offsets = ragged.flat(table["tokens"])
         actions, _ = ragged.flat(table["action_mask"])

@@ -94,6 +94,12 @@ class Folder:
             self._fs.get_file(self._path(name), str(Path(folder) / "file"))
             yield Path(folder) / "file"
 
+    def stored(self, name: str) -> StoredFile:
+        """What a file is now, its checksum included. Raises OSError where there is none."""
+        path = self._path(name)
+        with self._fs.open(path, "rb") as file:
+            return StoredFile(name=name, size=int(self._fs.size(path)), checksum=_checksum(file))
+
     def damage(self, stored: StoredFile) -> str:
         """What is wrong with a file that was written as `stored`, in words; "" when it is what it was."""
         path = self._path(stored.name)

@@ -37,8 +37,13 @@ HARMLESS: dict[str, str] = {
             "max_attempts", "max_replacements", "max_rebuilds",
         )
     },
-    **{f"{role}.{key}": _ROUNDING for role in ("policy", "critic") for key in ("ranks", "gpus", "zero_stage", "micro_batch_size")},
+    **{f"{role}.{key}": _ROUNDING for role in ("policy", "critic", "finetune.learner", "reward_model.learner") for key in ("ranks", "gpus", "zero_stage", "micro_batch_size")},
 }  # fmt: skip
+
+
+def is_same_result(key: str) -> bool:
+    """Whether a setting leaves what a run makes as it is, but for rounding."""
+    return HARMLESS.get(key) in (_SAME_BITS, _ROUNDING)
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

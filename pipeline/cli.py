@@ -22,27 +22,30 @@ if TYPE_CHECKING:
     from rich.console import Console
     from tyro.constructors import ConstructorRegistry
 
+    from pipeline.chain import StageName
     from pipeline.config import RunConfig
 
 HELP = ("-h", "--help")
 USAGE = """\
 raylign: reinforcement learning from human feedback for causal language models, on Ray
 
-  raylign quickstart                 fine-tune a small GPT-2 on small talk, then PPO towards friendly replies
-  raylign train RECIPE               run a recipe: a TOML file, or one of those below
+  raylign quickstart                 the whole chain on embedded small talk: fine-tune, reward model, PPO, evaluation
+  raylign run RECIPE                 every stage of a recipe: a TOML file, or one of those below
+  raylign sft|reward|train RECIPE    its stages up to fine-tuning, the reward model, or reinforcement learning
   raylign plan RECIPE                what a recipe would run: processes, placement, batch arithmetic, memory; starts nothing
 
   raylign resume RUN_DIR             go on with a run that was stopped or broke off, from its last commit
   raylign ledger RUN_DIR             the account of a run: what became of every sample
   raylign replay RUN_DIR --step N    compute a step's advantages and losses again, offline, and compare with what was recorded
 
-  --run-dir DIR                      where the run is written (default runs/<recipe>-<time>)
-  --section.field value              override a setting; `raylign train RECIPE --help` lists them all
+  --run-dir DIR                      where the run is written (default runs/<recipe>-<time>); in the folder of a run, only what has changed is done again
+  --section.field value              override a setting; `raylign run RECIPE --help` lists them all
   --allow-change KEY                 with resume: accept that this setting differs from what the run was begun with
 
 recipes: {recipes}
 """
-_OF_RECIPE = ("quickstart", "train", "plan")
+_UNTIL: dict[str, StageName] = {"quickstart": "evaluate", "run": "evaluate", "sft": "sft", "reward": "reward", "train": "rl"}
+_OF_RECIPE = (*_UNTIL, "plan")
 _OF_RUN = ("resume", "ledger", "replay")
 
 
@@ -110,7 +113,7 @@ def _parse_run(name: str, rest: list[str]) -> Command:
     run_dir, program = Path(rest.pop(0)), f"raylign {name} RUN_DIR"
     recipe = run_dir / "config.toml"
     if not recipe.is_file():
-        raise ValueError(f"RUN_DIR: must be the folder of a run, got {run_dir}, which has no config.toml; `raylign train RECIPE` makes one")
+        raise ValueError(f"RUN_DIR: must be the folder of a run, got {run_dir}, which has no config.toml; `raylign run RECIPE` makes one")
     if name == "resume":
         parser = _parser(program, "[--allow-change KEY ...] [--section.field value ...]")
         parser.add_argument("--allow-change", nargs="+", action="extend", default=[])
@@ -159,15 +162,15 @@ def _carry_out(command: Command, console: Console) -> int:
 
             return 0 if replay(command.config, _given(command), command.step, console) else 1
         case _:
-            return _train(command, console)
+            return _run_stages(command, console)
     return 0
 
 
-def _train(command: Command, console: Console) -> int:
+def _run_stages(command: Command, console: Console) -> int:
     """A new run, or an old one further. Whatever ends it early, what is committed stays, and the last words say how to go on."""
     run_dir = _run_dir(command)
     from cluster.faults import RunError
-    from pipeline.run import resume, train
+    from pipeline.run import resume, run
     from pipeline.stopping import Stopped
 
     again = f"raylign resume {run_dir}"
@@ -175,7 +178,7 @@ def _train(command: Command, console: Console) -> int:
         if command.name == "resume":
             resume(command.config, run_dir, command.allowed, console)
         else:
-            train(command.config, run_dir, console)
+            run(command.config, run_dir, console, until=_UNTIL[command.name])
     except Stopped as stopped:
         print(f"raylign: {stopped}; to go on: {again}", file=sys.stderr)
         return 128 + stopped.number

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from cluster.storage import Folder
 from pipeline.config import RunConfig
-from pipeline.tasks.task import SPLITS, PromptStream, Split, Task, demonstrations_of, prompts_of
+from pipeline.tasks.task import SPLITS, PromptStream, Split, Task, comparisons_of, demonstrations_of, prompts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,3 +57,18 @@ def asked(config: RunConfig, task: Task, model: str) -> Asked:
         )
 
     return Asked(tokenizer=tokenizer, train=stream("train", config.seed), heldout=stream("heldout", 0))
+
+
+def fingerprints(config: RunConfig, task: Task) -> dict[str, str]:
+    """Kind of data -> checksum of what the task holds of it (and of a model that is there already), by which a stage knows whether it has changed."""
+    kinds: dict[str, list[Any]] = {"prompts": prompts_of(task, "train"), "heldout": prompts_of(task, "heldout")}
+    if config.finetune.epochs:
+        kinds["demonstrations"] = [demonstrations_of(task, split) for split in SPLITS]
+    if config.reward_model.epochs:
+        kinds["comparisons"] = [comparisons_of(task, split) if config.reward_model.pairs == "task" else prompts_of(task, split) for split in SPLITS]
+    found = {kind: xxhash.xxh3_64_hexdigest(repr(values).encode("utf-8", "surrogatepass")) for kind, values in kinds.items()}
+    path = Path(config.model.path)
+    if config.model.path and path.is_dir():
+        files = [Folder(path).stored(file.name) for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".bin", ".json", ".txt")]
+        found["model"] = xxhash.xxh3_64_hexdigest(repr(files).encode())
+    return found

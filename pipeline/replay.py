@@ -35,8 +35,9 @@ from pipeline.observe.metrics import learner_values
 from pipeline.observe.observer import read_metrics
 from pipeline.observe.progress import Progress
 from pipeline.roles import Stage, declare_roles, demands, place
-from pipeline.run import PACKAGES
+from pipeline.run import PACKAGES, reward_of
 from pipeline.run_folder import read_history
+from pipeline.tasks.task import load_task
 
 ROUNDING = 1e-4  # relative; what another number of ranks or threads may change
 
@@ -114,8 +115,6 @@ def _column(name: str, before: pa.Table, after: pa.Table) -> Compared:
 
 def _losses(config: RunConfig, run_dir: Path, step: int, recorded: Mapping[int, Mapping[str, Any]], console: Console) -> list[Compared]:
     """The learners, from the commit before the step through every step since, to the end of this one."""
-    from pipeline.tasks.task import load_task
-
     commits = Folder(run_dir / "checkpoints")
     commit = commit_at_or_before(commits, read_history(run_dir), step)
     first = commit.state.step if commit else 0
@@ -132,7 +131,7 @@ def _losses(config: RunConfig, run_dir: Path, step: int, recorded: Mapping[int, 
         progress.stage("start learners", 1)
         placed = session.place(place(config, demands(config)))
         stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
-        roles = declare_roles(config, stage, model, load_task(config.task).reward)
+        roles = declare_roles(config, stage, model, reward_of(config, load_task(config.task, config.data), run_dir))
         learners = Learners(config, roles, stage)
         try:
             roles.start_gangs()

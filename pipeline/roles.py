@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from actors.config import RewardConfig
 from cluster.events import Pump
 from cluster.faults import RunError, classify, last_lines
 from cluster.gang import Gang, Ticket
@@ -132,10 +133,10 @@ class Stage:
         return Gang(role, spawn, ranks, self.pump, config.cluster, self.fingerprint)
 
 
-def declare_roles(config: RunConfig, stage: Stage, model: str, reward_function: str) -> Roles:
+def declare_roles(config: RunConfig, stage: Stage, model: str, reward: RewardConfig) -> Roles:
     """Every pool and gang of reinforcement learning, not yet started.
 
-    model: folder or name of the policy to begin from; it is the reference and the critic's trunk, too.
+    model: folder or name of the policy to begin from; it is the reference and the critic's trunk, too. reward: what scores, by function or model.
     """
     from actors.learner import Learner
     from actors.reference import ReferenceWorker
@@ -146,7 +147,6 @@ def declare_roles(config: RunConfig, stage: Stage, model: str, reward_function: 
     algorithm, temperature = config.algorithm, config.sampling.temperature
     updates = config.steps * config.batch.epochs * config.batch.minibatches
     learner = {"path": model, "temperature": temperature, "objective": algorithm, "total_updates": updates, "seed": config.seed}
-    reward = config.reward if config.reward.function or config.reward.model else config.reward.model_copy(update={"function": reward_function})
     return Roles(
         policy=stage.gang("policy", config.policy.ranks, config, Learner, role="policy", config=config.policy, **learner),
         critic=stage.gang("critic", config.critic.ranks, config, Learner, role="critic", config=config.critic, **learner) if algorithm.needs_critic else None,

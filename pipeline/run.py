@@ -1,140 +1,246 @@
-"""A whole run: fine-tune where the recipe asks for it, reinforce, compare, export. What `train`, `quickstart` and `resume` do.
+"""A whole run, stage by stage: what `run`, `sft`, `reward`, `train`, `quickstart` and `resume` do.
 
-recipe --finetune--> finetuned/ --start_roles--> Driver.run --> policy/
-                                   `-- evaluate before ... after --> evaluation.json
+    sft --finetuned/--> reward --reward-model/--> rl --policy/--> evaluate --report.md
 
-Each part leaves a file when it is done, and a run that goes on begins with the first that is missing: finetuned.json, evaluation-before.json,
-commits, evaluation.json.
+Which stages there are, and which of them are done already, is the chain's to say (chain.py); here stands what each is given.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from actors.config import RewardConfig
 from actors.reward import check_classifier, load_function
 from cluster.events import Pump
 from cluster.faults import RunError
 from cluster.placement import RoleDemand
 from cluster.session import Session
-from cluster.storage import Folder
+from pipeline.chain import Chain, StageName
 from pipeline.changes import check_changes
 from pipeline.checkpoint import Checkpoints, Commit
 from pipeline.config import RunConfig, check, save
-from pipeline.driver import Driver
-from pipeline.evaluation import Comparison, Evaluator, Report, compare, heldout_groups
 from pipeline.observe.journal import Journal
-from pipeline.observe.observer import Observer
 from pipeline.observe.progress import Progress
 from pipeline.observe.summary import show
-from pipeline.prompts import Asked, asked, check_data
-from pipeline.roles import Stage, declare_roles, demands, place
+from pipeline.prompts import Asked, asked, check_data, fingerprints
+from pipeline.roles import Stage, demands, place
 from pipeline.run_folder import RunFolder
-from pipeline.stages.finetune import Finetuned, finetune
-from pipeline.tasks.task import Task, load_task
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.finetune import finetune
+from pipeline.stages.preferences import make_comparisons, read_comparisons
+from pipeline.stages.reinforce import reinforce
+from pipeline.stages.reward_model import train_reward_model
+from pipeline.tasks.task import SPLITS, Task, comparisons_of, load_task
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("cluster", "actors", "pipeline")
-_FINETUNED, _BEFORE = "finetuned.json", "evaluation-before.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a run leaves behind."""
+    """What a run leaves behind. stages: what each told of itself."""
 
     run_dir: Path
-    finetuned: Finetuned | None
-    comparison: Comparison
+    stages: dict[StageName, dict[str, Any]]
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """A start of a run: what it is to do, where, and from which commit."""
+@dataclass(kw_only=True)
+class Run:
+    """One start of a run: what it is to do, and where."""
 
     config: RunConfig
     task: Task
-    asked: Asked | None  # None: the model is still to be made
+    chain: Chain
     folder: RunFolder
     commit: Commit | None
+    known: Asked | None  # prompts, if the model was there before anything started
     progress: Progress
+    results: dict[StageName, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.path
+
+    @property
+    def start(self) -> str:
+        """The model that reinforcement learning begins from: the fine-tuned one where there is one."""
+        return str(self.run_dir / "finetuned") if self.config.finetune.epochs else self.config.model.path
+
+    @property
+    def prompts(self) -> Asked:
+        if self.known is None:
+            self.known = asked(self.config, self.task, self.start)
+        return self.known
 
 
-def train(config: RunConfig, run_dir: Path, console: Console) -> Result:
-    """Run a recipe from the beginning.
+def run(config: RunConfig, run_dir: Path, console: Console, until: StageName = "evaluate") -> Result:
+    """Carry out the stages of a recipe, up to `until`. In a folder that holds a run already, what still counts of it is not done again.
 
     Raises ValueError for what is wrong with the recipe or its data, before Ray starts; RunError for what fails on the way, with the
     traceback in `log/driver.log`; Stopped when a signal asked for it.
     """
     config = resolve(check(config))
     task, known = _preflight(config)
-    with RunFolder.create(run_dir, config) as folder:
-        return _carry_out(config, task, known, folder, None, console)
+    data = fingerprints(config, task)
+    with RunFolder.take(run_dir) as folder:
+        chain = Chain(config, folder.path, data, until=until)
+        commit = None if chain.stale("rl") else _newest(folder, config, console)
+        folder.begin(config, from_step=commit.state.step if commit else 0, until=until)
+        save(config, run_dir / "config.toml")
+        return _carry_out(config, task, known, folder, chain, commit, console)
 
 
 def resume(config: RunConfig, run_dir: Path, allowed: Collection[str], console: Console) -> Result | None:
-    """Go on with a run from its last whole commit, with the settings it was begun with but for those `allowed` to change; None if it is finished.
+    """Go on with a run, with the settings it was begun with but for those `allowed` to change; None if it is finished.
 
-    Raises as `train` does, and ValueError when the folder holds no run, is in use, or other settings differ.
+    Raises as `run` does, and ValueError when the folder holds no run, is in use, or other settings differ.
     """
     with RunFolder.open(run_dir) as folder:
-        if folder.is_finished:
-            console.print(Text(f"this run is finished: {config.steps} steps; the aligned model is {run_dir / 'policy'}"), soft_wrap=True)
-            return None
-
-        def say(line: str) -> None:
-            console.print(Text(line), soft_wrap=True)
-
-        for line in check_changes(folder.history[-1].config, check(config), allowed):
-            say(f"changed: {line}")
+        until = folder.history[-1].until
+        changed = check_changes(folder.history[-1].config, check(config), allowed)
         task, known = _preflight(config)
-        commit = Checkpoints(folder, config.keep_commits).latest(say)
+        chain = Chain(config, run_dir, fingerprints(config, task), until=until, allowed=allowed)
+        if chain.is_finished:
+            _say(console, f"this run is finished: {', '.join(chain.stages)}; everything is in {run_dir}")
+            return None
+        for line in changed:
+            _say(console, f"changed: {line}")
+        commit = None if chain.stale("rl") else _newest(folder, config, console)
         for library, before in folder.history[-1].versions.items():
             if before != (now := metadata.version(library)):
-                say(f"{library} is {now}, it was {before}: the run goes on, but no longer to the bit")
-        step = commit.state.step if commit else 0
-        folder.begin(config, from_step=step)
+                _say(console, f"{library} is {now}, it was {before}: the run goes on, but no longer to the bit")
+        folder.begin(config, from_step=commit.state.step if commit else 0, until=until)
         save(config, run_dir / "config.toml")
-        say(f"resumed from {f'commit {commit.name}' if commit else 'the beginning, since nothing was committed'}")
-        return _carry_out(config, task, known, folder, commit, console)
+        if chain.manifest("rl") is not None:
+            _say(console, f"resumed from {f'commit {commit.name}' if commit else 'the beginning, since nothing was committed'}")
+        return _carry_out(config, task, known, folder, chain, commit, console)
+
+
+def _newest(folder: RunFolder, config: RunConfig, console: Console) -> Commit | None:
+    return Checkpoints(folder, config.keep_commits).latest(lambda line: _say(console, line))
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True)
 
 
 def _preflight(config: RunConfig) -> tuple[Task, Asked | None]:
     """The task, and its prompts if the model is there already. Raises ValueError for what cannot work, while nothing is started."""
-    task = load_task(config.task)
+    task = load_task(config.task, config.data)
     if config.reward.model:
         check_classifier(config.reward.model)
-    else:
-        load_function(config.reward.function or task.reward)
+    rule = rule_of(config, task)
+    if rule:
+        load_function(rule)
+    elif not (config.reward.model or config.reward_model.epochs):
+        raise ValueError(f"reward: must have a function, a model or a [reward_model] to train, got none, and task {task.name!r} brings none; set reward.function")
+    if config.reward_model.epochs and config.reward_model.pairs == "sampled" and not rule:
+        raise ValueError(f'reward_model.pairs: must be "task" when no rule can compare replies, got "sampled" for task {task.name!r}; set reward.function')
     check_data(config, task)
     return task, asked(config, task, config.model.path) if config.model.path else None
 
 
-def _carry_out(config: RunConfig, task: Task, known: Asked | None, folder: RunFolder, commit: Commit | None, console: Console) -> Result:
-    started = time.monotonic()
-    run_dir = folder.path
+def rule_of(config: RunConfig, task: Task) -> str:
+    """Import path of the function that judges by rule; "" where there is none."""
+    return config.reward.function or task.reward
+
+
+def reward_of(config: RunConfig, task: Task, run_dir: Path) -> RewardConfig:
+    """What reinforcement learning is rewarded by: the reward model trained in this run, or the one the recipe names, or the rule."""
+    if config.reward_model.epochs:
+        return config.reward.model_copy(update={"function": "", "model": str(run_dir / "reward-model")})
+    return config.reward if config.reward.model else config.reward.model_copy(update={"function": rule_of(config, task)})
+
+
+def _carry_out(
+    config: RunConfig, task: Task, known: Asked | None, folder: RunFolder, chain: Chain, commit: Commit | None, console: Console
+) -> Result:
+    started, run_dir = time.monotonic(), folder.path
     with Journal(run_dir / "log"), Progress(console) as progress, _named(progress):
         log.info("epoch %d begins at step %d, process %d", folder.epoch, folder.history[-1].from_step, folder.history[-1].pid)
-        run = _Run(config=config, task=task, asked=known, folder=folder, commit=commit, progress=progress)
+        current = Run(config=config, task=task, chain=chain, folder=folder, commit=commit, known=known, progress=progress)
         with Session(config.cluster, run_dir / "log", packages=PACKAGES, local_cpus=_cpus(config)) as session:
-            session.preflight(place(config, demands(config)))  # before fine-tuning, not after it
-            finetuned = _finetune(run, session) if config.finetune.epochs else None
-            comparison = _reinforce(run, session, str(finetuned.folder) if finetuned else config.model.path)
-        folder.finish(json.dumps(comparison.record(len(comparison.before.prompts)), indent=1))
-    result = Result(run_dir=run_dir, finetuned=finetuned, comparison=comparison, seconds=time.monotonic() - started)
+            if "rl" in chain.stages:
+                session.preflight(place(config, demands(config)))  # before fine-tuning, not after it
+            for stage in chain.stages:
+                _do(stage, current, session)
+    result = Result(run_dir=run_dir, stages=current.results, seconds=time.monotonic() - started)
     show(result, config, console)
     return result
+
+
+def _do(stage: StageName, run: Run, session: Session) -> None:
+    """One stage, unless it is done."""
+    done = run.chain.finished(stage)
+    if done is None:
+        why = run.chain.begin(stage)
+        if why:
+            run.progress.remark(f"{stage} is done again: {why}")
+        started = time.monotonic()
+        result = _STAGES[stage](run, session)
+        done = run.chain.finish(stage, result, time.monotonic() - started)
+    run.results[stage] = done.result
+
+
+def _sft(run: Run, session: Session) -> dict[str, Any]:
+    return _told(finetune(run.config, session, run.run_dir, run.progress))
+
+
+def _reward(run: Run, session: Session) -> dict[str, Any]:
+    """The comparisons are people's where the task has them, and otherwise made by a rule, which the result says."""
+    config, told = run.config, {}
+    if config.reward_model.pairs == "sampled":
+        path = run.run_dir / "comparisons.parquet"
+        if not path.is_file():
+            run.progress.stage("compare sampled replies", 1)
+            told = {"sampled": asdict(_sampled(run, session, path))}
+        comparisons = read_comparisons(path)
+    else:
+        comparisons = {split: comparisons_of(run.task, split) for split in SPLITS}
+    judged = train_reward_model(config, session, run.run_dir, run.progress, comparisons=comparisons, model=run.start)
+    return _told(judged) | told
+
+
+def _sampled(run: Run, session: Session, path: Path) -> Any:
+    config = run.config
+    placed = session.place(place(config, [RoleDemand(role="comparer", workers=config.rollout.workers, gpus=config.rollout.gpus)]))
+    stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
+    try:
+        return make_comparisons(config, stage, run.start, run.prompts, rule_of(config, run.task), path)
+    finally:
+        placed.remove()
+
+
+def _rl(run: Run, session: Session) -> dict[str, Any]:
+    config, commit = run.config, run.commit
+    if commit is not None and not (run.run_dir / "checkpoints" / commit.name).is_dir():  # moved aside with what it came from
+        commit = None
+    reward = reward_of(config, run.task, run.run_dir)
+    return _told(reinforce(config, session, run.folder, run.progress, model=run.start, reward=reward, prompts=run.prompts, commit=commit))
+
+
+def _evaluate(run: Run, session: Session) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+_STAGES: dict[StageName, Callable[[Run, Session], dict[str, Any]]] = {"sft": _sft, "reward": _reward, "rl": _rl, "evaluate": _evaluate}
+
+
+def _told(result: Any) -> dict[str, Any]:
+    """A stage's result as JSON values; paths are those of the run folder, which may be moved."""
+    return {name: value for name, value in asdict(result).items() if not isinstance(value, Path)}
 
 
 @contextmanager
@@ -163,59 +269,7 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if path and Path(path).is_dir() else path
 
 
-def _finetune(run: _Run, session: Session) -> Finetuned:
-    """The fine-tuned model: the one that an earlier start has finished, or made now, from its beginning."""
-    config, run_dir = run.config, run.folder.path
-    done = Folder(run_dir)
-    if done.exists(_FINETUNED):
-        record = json.loads(done.read_text(_FINETUNED))
-        return Finetuned(folder=run_dir / "finetuned", perplexity_before=record["perplexity_before"], perplexity=record["perplexity"])
-    shutil.rmtree(run_dir / "finetuned", ignore_errors=True)
-    run.progress.stage("start fine-tuning", 1)
-    learner = config.finetune.learner
-    placed = session.place(place(config, [RoleDemand(role="policy", workers=learner.ranks, gpus=learner.gpus)]))
-    stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
-    try:
-        finetuned = finetune(config, stage, run_dir, run.progress)
-    finally:
-        placed.remove()
-    done.write_text(_FINETUNED, json.dumps(asdict(finetuned) | {"folder": "finetuned"}))
-    return finetuned
-
-
-def _reinforce(run: _Run, session: Session, model: str) -> Comparison:
-    config, folder, progress = run.config, run.folder, run.progress
-    progress.stage("start actors", 1)
-    prompts = run.asked or asked(config, run.task, model)
-    placed = session.place(place(config, demands(config)))
-    stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
-    roles = declare_roles(config, stage, model, run.task.reward)
-    try:
-        with Observer(folder.path, progress) as observer:
-            roles.start()
-            driver = Driver(config, folder, roles, stage, prompts.train, observer)
-            chosen = prompts.heldout.draw(heldout_groups(config.evaluation.prompts, len(prompts.heldout)))
-            evaluator = Evaluator(config, roles, stage, prompts.tokenizer, chosen)
-            before = _evaluate_before(run, evaluator, driver)
-            progress.stage("reinforce", config.steps)
-            driver.restore(run.commit)
-            driver.run(folder.path / "policy")
-            progress.stage("evaluate after", 1)
-            after = evaluator.evaluate(driver.weights)
-    finally:
-        roles.close()
-        placed.remove()
-    return compare(before, after, config.seed)
-
-
-def _evaluate_before(run: _Run, evaluator: Evaluator, driver: Driver) -> Report:
-    """The policy as it began, on held-out prompts: done once in a run's life, while the learners still hold it."""
-    done = Folder(run.folder.path)
-    if not done.exists(_BEFORE):
-        run.progress.stage("evaluate before", 1)
-        done.write_text(_BEFORE, evaluator.evaluate(driver.weights).to_text())
-    return Report.from_text(done.read_text(_BEFORE))
-
-
 def _cpus(config: RunConfig) -> int:
-    return max(place(config, demands(config)).cpus, config.cluster.cpus_per_bundle * config.finetune.learner.ranks)
+    """Cores that a local Ray must count for every stage to fit."""
+    trained = [config.finetune.learner.ranks if config.finetune.epochs else 0, config.reward_model.learner.ranks if config.reward_model.epochs else 0]
+    return max(place(config, demands(config)).cpus, config.cluster.cpus_per_bundle * max(*trained, config.evaluation.workers))

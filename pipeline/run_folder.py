@@ -26,12 +26,12 @@ from pydantic import TypeAdapter, ValidationError
 from cluster.config import Config
 from cluster.faults import RunError
 from cluster.storage import Folder
+from pipeline.chain import StageName
 from pipeline.config import RunConfig, save
 
 log = logging.getLogger(__name__)
 
 HISTORY = "history.json"
-_FINISHED = "evaluation.json"  # the last thing a run writes
 _LIBRARIES = ("torch", "ray", "deepspeed", "transformers")
 
 
@@ -45,6 +45,8 @@ class Epoch(Config):
     started: str
     versions: dict[str, str]
     config: dict[str, Any]
+    until: StageName = "evaluate"
+    """The last stage that was wanted."""
 
 
 _HISTORY = TypeAdapter(tuple[Epoch, ...])
@@ -62,17 +64,20 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunFolder:
         """A new run: the folder, its lock, the resolved recipe and epoch 1. Raises ValueError when it is not empty or cannot be written."""
+        folder = cls._new(path)
+        save(config, path / "config.toml")
+        folder.begin(config, from_step=0)
+        return folder
+
+    @classmethod
+    def _new(cls, path: Path) -> RunFolder:
         try:
             if path.exists() and any(path.iterdir()):
-                hint = f"; to go on with the run in it: raylign resume {path}" if (path / HISTORY).is_file() else ""
-                raise ValueError(f"--run-dir: must be a new or empty folder, got {path}; choose another, nothing in it was touched{hint}")
+                raise ValueError(f"--run-dir: must be new or empty, or the folder of a run, got {path}; choose another, nothing in it was touched")
             (path / "log").mkdir(parents=True, exist_ok=True)
-            folder = cls(path, _locked(path), ())
-            save(config, path / "config.toml")
-            folder.begin(config, from_step=0)
+            return cls(path, _locked(path), ())
         except OSError as error:
             raise ValueError(f"--run-dir: must be a folder that can be written, got {path}: {error.strerror}") from error
-        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -83,15 +88,16 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"RUN_DIR: must be a folder that can be written, got {path}: {error.strerror}") from error
 
+    @classmethod
+    def take(cls, path: Path) -> RunFolder:
+        """A new or empty folder, or one that holds a run; nothing is begun in it yet. Raises ValueError as `create` and `open` do."""
+        return cls.open(path) if (path / HISTORY).is_file() else cls._new(path)
+
     @property
     def epoch(self) -> int:
         return self.history[-1].number
 
-    @property
-    def is_finished(self) -> bool:
-        return (self.path / _FINISHED).is_file()
-
-    def begin(self, config: RunConfig, from_step: int) -> None:
+    def begin(self, config: RunConfig, from_step: int, until: StageName = "evaluate") -> None:
         """Take the next epoch; from now on whatever an earlier one still writes does not count."""
         epoch = Epoch(
             number=len(self.history) + 1,
@@ -101,6 +107,7 @@ class RunFolder:
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             versions={library: metadata.version(library) for library in _LIBRARIES},
             config=config.model_dump(mode="json"),
+            until=until,
         )
         self.history = (*self.history, epoch)
         Folder(self.path).write_text(HISTORY, _HISTORY.dump_json(self.history, indent=1).decode())
@@ -111,10 +118,6 @@ class RunFolder:
         if newest.number != self.epoch:
             cause = f"process {newest.pid} on {newest.host} has taken over {self.path} (epoch {newest.number}, ours is {self.epoch})"
             raise RunError("driver", "checking the run folder", cause, "Two processes must not run in one folder; this one stops.")
-
-    def finish(self, text: str) -> None:
-        """Write the evaluation, whole; with it the run is finished."""
-        Folder(self.path).write_text(_FINISHED, text)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,130 @@
+"""Which stages are done, which must be done again, and what becomes of what they had made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.chain import Chain, StageName, stages_of
+from pipeline.config import FinetuneConfig, RewardModelConfig, RunConfig
+from run_helpers import recipe
+
+DATA = {"model": "m", "demonstrations": "d", "comparisons": "c", "prompts": "p", "heldout": "h"}
+MADE: dict[StageName, tuple[str, ...]] = {
+    "sft": ("finetuned/model.safetensors", "finetuned/config.json"),
+    "reward": ("reward-model/model.safetensors", "reward-model.json"),
+    "rl": ("policy/model.safetensors",),
+    "evaluate": ("evaluation.json", "report.md"),
+}
+
+
+def whole(**changes: Any) -> RunConfig:
+    return recipe(reward_model=RewardModelConfig(epochs=1), **changes)
+
+
+def done(folder: Path, config: RunConfig | None = None, data: dict[str, str] = DATA, content: str = "as made first") -> list[str]:
+    """Do what is left of a chain, each stage by writing its files; which stages those were."""
+    chain, did = Chain(config or whole(), folder, data), []
+    for stage in chain.stages:
+        if chain.finished(stage) is None:
+            chain.begin(stage)
+            did.append(stage)
+            for name in MADE[stage]:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(f"{stage} {content}")
+            chain.finish(stage, {"number": 1.5}, 2.0)
+    assert chain.is_finished
+    return did
+
+
+def test_a_recipe_names_its_stages() -> None:
+    assert stages_of(whole()) == ("sft", "reward", "rl", "evaluate")
+    assert stages_of(recipe()) == ("sft", "rl", "evaluate")
+    assert stages_of(recipe(finetune=FinetuneConfig(epochs=0))) == ("rl", "evaluate")
+    assert stages_of(whole(), until="reward") == ("sft", "reward")
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    assert done(tmp_path) == ["sft", "reward", "rl", "evaluate"]
+    assert done(tmp_path) == []
+    manifest = Chain(whole(), tmp_path, DATA).finished("reward")
+    assert manifest is not None
+    assert manifest.result == {"number": 1.5}
+    assert [file.name for file in manifest.files] == ["reward-model/model.safetensors", "reward-model.json"]
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "again"),
+    [
+        ("finetune", {"epochs": 7}, ["sft", "reward", "rl", "evaluate"]),
+        ("reward_model", {"epochs": 7}, ["reward", "rl", "evaluate"]),
+        ("policy", {"learning_rate": 0.5}, ["rl", "evaluate"]),
+        ("batch", {"prompts": 8}, ["rl", "evaluate"]),
+        ("evaluation", {"prompts": 7}, ["evaluate"]),
+        ("sampling", {"temperature": 0.5}, ["reward", "rl", "evaluate"]),
+        ("policy", {"ranks": 2, "zero_stage": 3}, []),
+        ("rollout", {"workers": 3}, []),
+        ("cluster", {"call_timeout_s": 7.0}, []),
+    ],
+)
+def test_a_changed_setting_does_its_stage_again_and_all_that_come_of_it(section: str, change: dict[str, Any], again: list[str], tmp_path: Path) -> None:
+    done(tmp_path)
+    config = whole()
+    changed = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
+    assert done(tmp_path, changed, content="as made later") == again
+
+
+def test_what_comes_out_the_same_leaves_the_rest_as_it_is(tmp_path: Path) -> None:
+    """Fine-tuning is done again because its file was damaged; to the bit the same, so nothing downstream has changed."""
+    done(tmp_path)
+    (tmp_path / "finetuned" / "model.safetensors").write_text("torn")
+    assert "finetuned/model.safetensors has 4 bytes" in Chain(whole(), tmp_path, DATA).stale("sft")
+    assert done(tmp_path) == ["sft"]
+
+
+@pytest.mark.parametrize(("kind", "first"), [("demonstrations", "sft"), ("comparisons", "reward"), ("prompts", "rl"), ("heldout", "evaluate")])
+def test_other_data_count_as_a_change(kind: str, first: str, tmp_path: Path) -> None:
+    done(tmp_path)
+    assert Chain(whole(), tmp_path, DATA | {kind: "other"}).stale(first) == f"data of the task: {kind}: {DATA[kind]} -> other"
+    assert done(tmp_path, data=DATA | {kind: "other"}, content="of other data")[0] == first
+
+
+def test_what_was_made_before_is_moved_aside_and_not_lost(tmp_path: Path) -> None:
+    done(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    config = whole()
+    done(tmp_path, config.model_copy(update={"batch": config.batch.model_copy(update={"prompts": 8})}), content="as made later")
+    [rl, evaluate] = sorted((tmp_path / "superseded").iterdir())
+    assert (rl.name, evaluate.name) == ("001-rl", "002-evaluate")
+    assert (rl / "policy" / "model.safetensors").read_text() == "rl as made first"
+    assert (rl / "checkpoints").is_dir()
+    assert not (tmp_path / "checkpoints").exists()
+    assert (evaluate / "report.md").exists()
+
+
+def test_a_stage_under_way_goes_on_and_a_setting_may_be_allowed_to_change(tmp_path: Path) -> None:
+    Chain(whole(), tmp_path, DATA).begin("rl")
+    (tmp_path / "checkpoints").mkdir()
+    assert Chain(whole(), tmp_path, DATA).begin("rl") == ""
+    longer = whole(steps=9)
+    assert Chain(longer, tmp_path, DATA).stale("rl") == "steps: 4 -> 9"
+    assert Chain(longer, tmp_path, DATA, allowed=["steps"]).begin("rl") == ""
+    assert (tmp_path / "checkpoints").is_dir()
+    assert Chain(whole(), tmp_path, DATA).begin("rl") == "steps: 9 -> 4"
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_lost_policy_is_made_again_from_the_checkpoints(tmp_path: Path) -> None:
+    done(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "policy" / "model.safetensors").unlink()
+    assert Chain(whole(), tmp_path, DATA).begin("rl") == "policy/model.safetensors is missing"
+    assert (tmp_path / "checkpoints").is_dir()
+
+
+def test_a_manifest_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    done(tmp_path)
+    (tmp_path / "stages" / "rl.json").write_text("{")
+    assert done(tmp_path) == ["rl"]
