@@ -112,7 +112,7 @@ def resume(config: RunConfig, run_dir: Path, allowed: Collection[str], console: 
 
 def _preflight(config: RunConfig) -> tuple[Task, Asked | None]:
     """The task, and its prompts if the model is there already. Raises ValueError for what cannot work, while nothing is started."""
-    task = load_task(config.task)
+    task = load_task(config.task, config.data, config.model.path)
     if config.reward.model:
         check_classifier(config.reward.model)
     else:
