@@ -70,7 +70,8 @@ class DataConfig(Config):
     """Source of what the policy is asked. Empty: the prompts of the comparisons, or if there are none, of the demonstrations."""
 
     format: Format = "auto"
-    """transcript: `\\n\\nHuman: ... \\n\\nAssistant: ...`, as in Anthropic's HH. messages: lists of {role, content}. columns: plain text. auto: by a look at the rows."""
+    """How rows are read. transcript: `\\n\\nHuman: ...\\n\\nAssistant: ...`, as Anthropic's HH. messages: lists of {role, content}. columns: plain text.
+    auto: by a look at the first rows of each source."""
 
     columns: ColumnsConfig = ColumnsConfig()
     template: TemplateConfig = TemplateConfig()

@@ -11,15 +11,20 @@ Left out: streaming from disk. The texts are in memory already, and their tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from actors import ragged
+from pipeline.data.blocks import encode_block
 from pipeline.data.cache import Cache, content_hash
 from pipeline.data.problems import DataError
 from pipeline.tasks.task import Comparison, Demonstration, Split, Task, comparisons_of, demonstrations_of, shorter_of
@@ -66,24 +71,24 @@ def encode_pairs(
     context: int,
     cache: Path,
     *,
-    shorter: Callable[[str], Any] = lambda prompt: (),
+    shorter: Callable[[str], Iterable[str]] = lambda prompt: (),
     shortens: bool = True,
 ) -> Encoded:
     """Any comparisons, such as those sampled from a policy; see `encode_demonstrations`."""
     return _encode("comparisons", comparison_texts(comparisons, shorter), shortens, tokenizer_path, context, cache)
 
 
-def demonstration_texts(demonstrations: Sequence[Demonstration], shorter: Callable[[str], Any]) -> pa.Table:
+def demonstration_texts(demonstrations: Sequence[Demonstration], shorter: Callable[[str], Iterable[str]]) -> pa.Table:
     """A TEXTS table."""
     return _texts([(d.prompt, (d.response,), 0.0) for d in demonstrations], shorter)
 
 
-def comparison_texts(comparisons: Sequence[Comparison], shorter: Callable[[str], Any]) -> pa.Table:
+def comparison_texts(comparisons: Sequence[Comparison], shorter: Callable[[str], Iterable[str]]) -> pa.Table:
     """A TEXTS table."""
     return _texts([(c.prompt, c.replies, c.margin) for c in comparisons], shorter)
 
 
-def _texts(rows: Sequence[tuple[str, tuple[str, ...], float]], shorter: Callable[[str], Any]) -> pa.Table:
+def _texts(rows: Sequence[tuple[str, tuple[str, ...], float]], shorter: Callable[[str], Iterable[str]]) -> pa.Table:
     prompts, replies, margins = zip(*rows, strict=True) if rows else ((), (), ())
     columns = [[[prompt, *shorter(prompt)] for prompt in prompts], list(replies), list(margins)]
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, TEXTS, strict=True)], schema=TEXTS)
@@ -99,37 +104,61 @@ def _encode(what: What, texts: pa.Table, shortens: bool, tokenizer_path: str, co
     kept = Cache(cache)
     name = content_hash(texts, _tokenizer_text(tokenizer_path), what, context, shortens, VERSION)
     if (found := kept.find(name)) is None:
-        table, account = _gather(_tokenised(texts, Encoder(what, tokenizer_path, context, shortens)), what)
-        if not table.num_rows:
+        encode = partial(encode_block, comparisons=what == "comparisons", tokenizer_path=tokenizer_path, context=context, shortens=shortens)
+        blocks = [block for block in _on_ray_data(texts, encode) if block.num_rows]
+        if not blocks:
             raise DataError(f"model.context: must hold at least one of the {what}, got {context} tokens, and none of {texts.num_rows} fits; raise it")
-        found = kept.keep(name, table, account)
+        found = kept.keep(name, *_gathered(pa.concat_tables(blocks), texts.num_rows))
     path, account = found
-    lists = {key: tuple(value) for key, value in account.items() if isinstance(value, list)}
-    return Encoded(path=path, **(account | lists))
+    excluded, quantiles = tuple(account.pop("excluded")), tuple(account.pop("quantiles"))
+    return Encoded(path=path, excluded=excluded, quantiles=quantiles, **account)
 
 
-def _tokenised(texts: pa.Table, encoder: Encoder) -> list[pa.Table]:
-    """Ray Data's part: blocks of texts to blocks of tokens, in order."""
+def _on_ray_data(texts: pa.Table, encode: Callable[[pa.Table], pa.Table]) -> list[pa.Table]:
+    """Blocks of texts, their rows numbered, to blocks of tokens, in order."""
     import ray
     import ray.data
 
     _quieten()
+    texts = texts.append_column("number", pa.array(range(texts.num_rows), pa.int64()))
+    blocks = max(1, min(texts.num_rows, -(-texts.nbytes // BLOCK_BYTES)))
+    bounds = np.linspace(0, texts.num_rows, blocks + 1).astype(int).tolist()
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
-    context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     with ray.data.DataContext.current(context):
-        blocks = max(1, min(texts.num_rows, -(-texts.nbytes // BLOCK_BYTES)))
-        bounds = np.linspace(0, texts.num_rows, blocks + 1).astype(int)
-        data = ray.data.from_arrow([texts.slice(start, end - start) for start, end in zip(bounds, bounds[1:], strict=False)])
-        tables: list[pa.Table] = ray.get(data.map_batches(encoder, batch_format="pyarrow", batch_size=None, zero_copy_batch=True).to_arrow_refs())
+        data = ray.data.from_arrow([texts.slice(start, end - start) for start, end in pairwise(bounds)])
+        tables: list[pa.Table] = ray.get(data.map_batches(encode, batch_format="pyarrow", batch_size=None, zero_copy_batch=True).to_arrow_refs())
     return tables
 
 
 def _quieten() -> None:
-    """Ray Data tells the terminal what it does; its log file, in Ray's own log folder, hears it too and that is enough."""
-    import logging
-
+    """Ray Data tells the terminal what it does; its log file, in Ray's own log folder, hears it too, and that is enough."""
     logger = logging.getLogger("ray.data")
     for handler in [handler for handler in logger.handlers if isinstance(handler, logging.StreamHandler)]:
         logger.removeHandler(handler)
+
+
+def _gathered(encoded: pa.Table, rows: int) -> tuple[pa.Table, dict[str, Any]]:
+    """(learners' table with ids of its own, account) of all blocks together."""
+    lengths = ragged.lengths(encoded["tokens"])
+    account = {
+        "rows": encoded.num_rows,
+        "tokens": int(lengths.sum()),
+        "truncated": pc.sum(encoded["truncated"]).as_py(),
+        "cut_replies": pc.sum(encoded["cut"]).as_py(),
+        "excluded": sorted(set(range(rows)) - set(encoded["number"].to_pylist())),
+        "quantiles": np.quantile(lengths, QUANTILES, method="nearest").astype(int).tolist(),
+    }
+    table = encoded.drop_columns(["number", "truncated", "cut"])
+    ids = pa.array(range(encoded.num_rows), pa.int64())
+    return pa.table({name: ids if name in ("sample_id", "group_id") else table[name] for name in table.column_names}), account
+
+
+def _tokenizer_text(path: str) -> str:
+    """Everything that a tokenizer's ids depend on."""
+    from actors.model import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    inner = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
+    return f"{tokenizer.eos_token_id} {inner}"

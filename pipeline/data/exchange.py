@@ -133,7 +133,9 @@ class _Reader:
         """The conversation that ends with a reply, whether the value holds all of it or the reply alone."""
         if value is None:
             raise RowError("null", "a reply")
-        turns = messages.parse(self._limited("replies", value)) if isinstance(value, list) and self.form == "messages" else self._said("reply", value, "assistant")
+        turns = (
+            messages.parse(self._limited("replies", value)) if isinstance(value, list) and self.form == "messages" else self._said("reply", value, "assistant")
+        )
         if before and turns and turns[0].role == "assistant":
             turns = (*before, *turns)
         elif before and self._joined(turns)[: len(before)] != before:
@@ -206,4 +208,3 @@ def _form(values: list[Any], columns: ColumnsConfig) -> Form:
     if any(isinstance(part, dict | list) for part in flat):
         return "messages"
     return "transcript" if any(isinstance(part, str) and transcript.is_transcript(part) for part in flat) else "columns"
-

@@ -77,9 +77,18 @@ class Files:
         while turns and (turns := shorter(turns)):
             yield self._layout.prompt(turns)
 
+    def all_rows(self, kind: Kind) -> list[Laid]:
+        """The rows of a kind of both splits, in the order of the files; none where there is nothing to make them of."""
+        return self._rows[kind]
+
+    @property
+    def layout_kind(self) -> str:
+        """How turns become text: chat, roles or plain."""
+        return self._layout.kind
+
     def rows(self, kind: Kind, split: Split) -> list[Laid]:
         """The rows behind `comparisons`, `demonstrations` or `prompts`, in the same order. Raises DataError when there are none."""
-        if not (rows := self._rows[kind]):
+        if not (rows := self.all_rows(kind)):
             raise DataError(f"data.{kind}: must name a source, got none, and there is nothing to derive it from; give it, or data.comparisons")
         found = [row for row in rows if row.split == split]
         if not found:
