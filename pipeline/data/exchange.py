@@ -120,7 +120,7 @@ class _Reader:
         if not self._has(name) and self.form != "columns":
             return ()
         value = self._value(name)
-        turns = messages.parse(self._limited(name, value)) if isinstance(value, list) and self.form == "messages" else self._said(name, value, "user")
+        turns = self._turns(name, value, "user")
         return asking(self._joined(turns)) if turns else ()
 
     def _whole(self, name: str) -> Turns:
@@ -133,9 +133,7 @@ class _Reader:
         """The conversation that ends with a reply, whether the value holds all of it or the reply alone."""
         if value is None:
             raise RowError("null", "a reply")
-        turns = (
-            messages.parse(self._limited("replies", value)) if isinstance(value, list) and self.form == "messages" else self._said("reply", value, "assistant")
-        )
+        turns = self._turns("reply", value, "assistant")
         if before and turns and turns[0].role == "assistant":
             turns = (*before, *turns)
         elif before and self._joined(turns)[: len(before)] != before:
@@ -144,7 +142,10 @@ class _Reader:
             raise RowError("no turns")
         return self._joined(turns)
 
-    def _said(self, name: str, value: Any, role: Literal["user", "assistant"]) -> Turns:
+    def _turns(self, name: str, value: Any, role: Literal["user", "assistant"]) -> Turns:
+        """A conversation, or the one turn that a value is which names no speaker."""
+        if isinstance(value, list) and self.form == "messages":
+            return messages.parse(self._limited(name, value))
         if not isinstance(value, str):
             raise RowError("not text", f"{name!r} is a {type(value).__name__}")
         text = self._limited(name, value)

@@ -53,9 +53,7 @@ def report(task: Files, measured: Measured | None = None) -> dict[str, Any]:
         "sources": [_source(getattr(task.data, kind), loaded) for kind, loaded in task.loaded.items()],
         "layout": task.layout_kind,
         "rows": {
-            kind: {"derived": kind not in task.loaded} | {split: len(rows) for split, rows in sides[kind].items()}
-            for kind in KINDS
-            if any(sides[kind].values())
+            kind: {"derived": kind not in task.loaded} | {split: len(rows) for split, rows in sides[kind].items()} for kind in KINDS if task.all_rows(kind)
         },
         "prompts": _prompts(task.all_rows("prompts")),
         "comparisons": _comparisons(task.all_rows("comparisons")) if task.all_rows("comparisons") else {},

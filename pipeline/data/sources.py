@@ -41,7 +41,7 @@ def find(source: str, field: str) -> list[File]:
         if fs.isdir(root) and not _is_pattern(url):
             raise DataError(f"{field}: must be files, got the folder {source!r}; name them, such as {source.rstrip('/')}/*.jsonl")
         paths = sorted(fs.glob(root)) if _is_pattern(url) else [root] if fs.isfile(root) else []
-    except (*_unreachable(), ImportError) as error:
+    except _unreachable() as error:
         raise DataError(_cannot(source, field, error)) from error
     if not paths:
         raise DataError(_not_found(source, field, url))
@@ -103,10 +103,10 @@ def _cannot(source: str, field: str, error: BaseException) -> str:
     return f"{field}: {source!r} cannot be read ({reason}); check the address, and that the package for this kind of storage is installed"
 
 
-def _unreachable() -> tuple[type[BaseException], ...]:
+def _unreachable() -> tuple[type[Exception], ...]:
     """What a filesystem raises when it cannot be asked. The hub's client raises httpx's own errors."""
     try:
         import httpx
     except ImportError:
-        return (OSError,)
-    return (OSError, httpx.HTTPError)
+        return (OSError, ImportError)
+    return (OSError, ImportError, httpx.HTTPError)
