@@ -131,7 +131,7 @@ def _losses(config: RunConfig, run_dir: Path, step: int, recorded: Mapping[int, 
         progress.stage("start learners", 1)
         placed = session.place(place(config, demands(config)))
         stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
-        roles = declare_roles(config, stage, model, reward_of(config, load_task(config.task, config.data), run_dir))
+        roles = declare_roles(config, stage, model, reward_of(config, load_task(config.task, config.data, config.model.path), run_dir))
         learners = Learners(config, roles, stage)
         try:
             roles.start_gangs()

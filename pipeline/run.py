@@ -29,6 +29,7 @@ from pipeline.chain import Chain, StageName
 from pipeline.changes import check_changes
 from pipeline.checkpoint import Checkpoints, Commit
 from pipeline.config import RunConfig, check, save
+from pipeline.data.sources import absolute
 from pipeline.observe.journal import Journal
 from pipeline.observe.progress import Progress
 from pipeline.observe.summary import show
@@ -138,7 +139,7 @@ def _say(console: Console, line: str) -> None:
 
 def _preflight(config: RunConfig) -> tuple[Task, Asked | None]:
     """The task, and its prompts if the model is there already. Raises ValueError for what cannot work, while nothing is started."""
-    task = load_task(config.task, config.data)
+    task = load_task(config.task, config.data, config.model.path)
     if config.reward.model:
         check_classifier(config.reward.model)
     rule = rule_of(config, task)
@@ -257,6 +258,7 @@ def resolve(config: RunConfig) -> RunConfig:
     cpus = config.cluster.cpus_per_bundle or place(config, demands(config)).bundles[0].cpus
     return config.model_copy(
         update={
+            "data": absolute(config.data),
             "cluster": config.cluster.model_copy(update={"cpus_per_bundle": cpus}),
             "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
             "reward": config.reward.model_copy(update={"model": _absolute(config.reward.model)}),
