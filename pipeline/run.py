@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from rich.text import Text
 from actors.reward import check_classifier, load_function
 from cluster.events import Pump
 from cluster.faults import RunError
-from cluster.placement import RoleDemand
 from cluster.session import Session
 from cluster.storage import Folder
 from pipeline.changes import check_changes
@@ -164,21 +162,13 @@ def _absolute(path: str) -> str:
 
 
 def _finetune(run: _Run, session: Session) -> Finetuned:
-    """The fine-tuned model: the one that an earlier start has finished, or made now, from its beginning."""
+    """The fine-tuned model: the one that an earlier start has finished, or made now, from its last checkpoint."""
     config, run_dir = run.config, run.folder.path
     done = Folder(run_dir)
     if done.exists(_FINETUNED):
         record = json.loads(done.read_text(_FINETUNED))
         return Finetuned(folder=run_dir / "finetuned", perplexity_before=record["perplexity_before"], perplexity=record["perplexity"])
-    shutil.rmtree(run_dir / "finetuned", ignore_errors=True)
-    run.progress.stage("start fine-tuning", 1)
-    learner = config.finetune.learner
-    placed = session.place(place(config, [RoleDemand(role="policy", workers=learner.ranks, gpus=learner.gpus)]))
-    stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
-    try:
-        finetuned = finetune(config, stage, run_dir, run.progress)
-    finally:
-        placed.remove()
+    finetuned = finetune(config, session, run_dir, run.progress)
     done.write_text(_FINETUNED, json.dumps(asdict(finetuned) | {"folder": "finetuned"}))
     return finetuned
 
@@ -218,4 +208,5 @@ def _evaluate_before(run: _Run, evaluator: Evaluator, driver: Driver) -> Report:
 
 
 def _cpus(config: RunConfig) -> int:
-    return max(place(config, demands(config)).cpus, config.cluster.cpus_per_bundle * config.finetune.learner.ranks)
+    ranks = [config.finetune.learner.ranks if config.finetune.epochs else 0, config.reward_model.learner.ranks if config.reward_model.epochs else 0]
+    return max(place(config, demands(config)).cpus, config.cluster.cpus_per_bundle * max(ranks))
