@@ -134,7 +134,7 @@ def _pairs_of(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int
 
 def _right(difference: npt.NDArray[Any]) -> Floats:
     """1 where the better one is preferred, 0 where the worse one is, 1/2 for a tie."""
-    return (np.sign(difference) + 1) / 2
+    return np.asarray((np.sign(difference) + 1) / 2, np.float64)
 
 
 def _share(right: Floats, owner: Ints) -> Share:

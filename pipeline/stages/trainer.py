@@ -217,7 +217,7 @@ class _Watch:
     """
 
     def __init__(self, job: Job, config: ClusterConfig, signs: Signs, progress: Progress, stop: Callable[[], None]) -> None:
-        self.verdict: RunError | None = None
+        self.verdict: Exception | None = None
         self._job = job
         self._config = config
         self._signs = signs
@@ -239,12 +239,14 @@ class _Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._over.wait(_LOOK_S):
-            self.verdict = self._look()
-            if self.verdict is not None:
-                self._stop()
-                return
-        self._show()
+        try:
+            while self.verdict is None and not self._over.wait(_LOOK_S):
+                self.verdict = self._look()
+            self._show()
+        except Exception as error:  # noqa: BLE001 - raised where the training is waited for
+            self.verdict = error
+        if self.verdict is not None:
+            self._stop()
 
     def _look(self) -> RunError | None:
         failure = self._signs.read_failure()
