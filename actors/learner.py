@@ -70,6 +70,7 @@ class UpdatePlan:
 
     constant: tokens that a row counts for under the aggregation `constant`. kl_coef: of a KL penalty in the loss, in this step.
     entropy_gradient: whether the objective differentiates the entropy.
+    first, count: which of the epochs * minibatches updates to make, in their order; count None is all from `first` on.
     """
 
     step: int
@@ -80,6 +81,8 @@ class UpdatePlan:
     constant: int = 1
     kl_coef: float = 0.0
     entropy_gradient: bool = False
+    first: int = 0
+    count: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +134,8 @@ class Learner:
         self._seed = seed
         self._timeout_s = timeout_s
 
-    def connect(self, address: str, port: int) -> LearnerReady:
-        """Load the model and join the other ranks at address:port, where rank 0 listens."""
+    def connect(self, address: str | None = None, port: int = 0) -> LearnerReady:
+        """Load the model and join the other ranks at address:port, where rank 0 listens; without an address, those this process has already met."""
         torch.manual_seed(self._seed)
         compute = assigned_compute(self.config.gpus)
         heads_only = self.config.trainable == "heads"
@@ -179,24 +182,24 @@ class Learner:
         return report, TokenValues.of({"sample_id": ids, "values": column}).table
 
     def update(self, experience: pa.Table, plan: UpdatePlan) -> UpdateReport:
-        """Train on a step's Experience: epochs * minibatches optimiser steps, each on a minibatch of the whole step."""
+        """Train on a step's Experience: epochs * minibatches optimiser steps, each on a minibatch of the whole step; or on those the plan picks."""
         started = time.perf_counter()
         batch = Batch(Experience(experience).table, self._device, plan.kl_coef)
-        tally = Tally(self._device, epochs=plan.epochs, tokens=plan.epochs * int(batch.action_offsets[-1]))
+        epochs = minibatches(len(batch), epochs=plan.epochs, minibatches=plan.minibatches, seed=plan.seed, step=plan.step)
+        picked = list(enumerate(rows for epoch in epochs for rows in epoch))[plan.first : None if plan.count is None else plan.first + plan.count]
+        tally = Tally(self._device, epochs=plan.epochs, tokens=sum(int(batch.action_counts(rows).sum()) for _, rows in picked))
         steps: list[StepReport] = []
         rate = 0.0
-        for epoch, parts in enumerate(minibatches(len(batch), epochs=plan.epochs, minibatches=plan.minibatches, seed=plan.seed, step=plan.step)):
-            for i, rows in enumerate(parts):
-                index = (plan.step * plan.epochs + epoch) * plan.minibatches + i
-                rate = learning_rate(
-                    index,
-                    self._total_updates,
-                    peak=self.config.learning_rate,
-                    schedule=self.config.schedule,
-                    warmup_fraction=self.config.warmup_fraction,
-                )
-                self._accumulate(batch, rows, plan, tally, untrained=epoch == i == 0)
-                steps.append(self._engine.step(rate))
+        for i, rows in picked:
+            rate = learning_rate(
+                plan.step * plan.epochs * plan.minibatches + i,
+                self._total_updates,
+                peak=self.config.learning_rate,
+                schedule=self.config.schedule,
+                warmup_fraction=self.config.warmup_fraction,
+            )
+            self._accumulate(batch, rows, plan, tally, untrained=i == 0)
+            steps.append(self._engine.step(rate))
         return tally.report(self._engine, steps, rate, seconds=time.perf_counter() - started)
 
     def publish(self, version: int, dtype: Dtype) -> tuple[Manifest | None, Weights | None]:

@@ -47,16 +47,16 @@ class Session:
         """packages: those whose sources every worker must have in common with the driver.
         local_cpus: CPUs that a local Ray is to count, if the machine has fewer, so that more workers than cores can be placed there."""
         self.fingerprint: Fingerprint = fingerprint(packages)
+        self.packages = tuple(packages)
+        self.log_dir = log_dir
         self._config = config
-        self._log_dir = log_dir
-        self._packages = tuple(packages)
         self._local_cpus = local_cpus
         self._exit = contextlib.ExitStack()
         self._is_local = False
 
     def __enter__(self) -> Self:
         """Raises RunError when Ray does not answer within cluster.start_timeout_s; ValueError for an address of an unusable kind."""
-        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
         logging.getLogger("ray").setLevel(logging.ERROR)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -97,7 +97,7 @@ class Session:
             if time.monotonic() > deadline:
                 remove_placement_group(group)
                 self._refuse(shortages(placement, self.nodes()) or [f"the nodes are large enough, but others use them; free are {_free_resources()}."])
-        return Placed(placement, group, log_dir=self._log_dir, packages=self._packages, pulse_timeout_s=self._config.pulse_timeout_s)
+        return Placed(placement, group, log_dir=self.log_dir, packages=self.packages, pulse_timeout_s=self._config.pulse_timeout_s)
 
     def preflight(self, placement: Placement) -> None:
         """Raises RunError when the bundles cannot fit a local Ray, which cannot grow; a cluster may, so there `place` waits and then tells."""
@@ -123,7 +123,7 @@ class Session:
             os.environ["RAY_AUTH_TOKEN"] = _TOKEN
         # A short path: sockets lie in it, and the name of a socket has at most 107 characters.
         temp_dir = Path(tempfile.mkdtemp(prefix="raylign-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
-        undo.callback(_keep_logs_only, temp_dir, self._log_dir)
+        undo.callback(_keep_logs_only, temp_dir, self.log_dir)
         cpus = max(usable_cores(), self._local_cpus)
         self._connect(undo, self._config.start_timeout_s, address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(temp_dir))
         self._is_local = True

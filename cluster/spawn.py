@@ -76,8 +76,7 @@ def _hosted(cls: type, log_file: Path, threads: int, gpus: float, packages: tupl
 
     class Hosted(cls):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.__log_file = _redirect_output(log_file)
-            _limit_devices(threads, gpus)
+            self.__log_file = settle(log_file, threads, gpus)
             start_pulse(pulse_timeout_s)
             super().__init__(*args, **kwargs)
 
@@ -101,6 +100,16 @@ def _hosted(cls: type, log_file: Path, threads: int, gpus: float, packages: tupl
 
     Hosted.__name__, Hosted.__qualname__, Hosted.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     return Hosted
+
+
+def settle(log_file: Path, threads: int, gpus: float) -> str:
+    """Make this process one of the run's: its output goes to the log folder, and it keeps to its own cores and GPUs.
+
+    Returns where the output goes, "" where that cannot be written. To be called before torch is imported, or at least used.
+    """
+    name = _redirect_output(log_file)
+    _limit_devices(threads, gpus)
+    return name
 
 
 def _redirect_output(log_file: Path) -> str:

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import tomli_w
 from pydantic import Field, ValidationError
@@ -58,7 +58,35 @@ class FinetuneConfig(Config):
     batch_size: int = Field(default=32, ge=1)
     """Demonstrations of one optimiser step."""
 
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Optimiser steps from one checkpoint to the next, and of one sign of progress, at most: what a lost worker costs."""
+
     learner: LearnerConfig = LearnerConfig(learning_rate=1e-3, schedule="cosine", warmup_fraction=0.05, weight_decay=0.1)
+    """The gang that trains."""
+
+
+class RewardModelConfig(Config):
+    """A reward model trained on comparisons, between fine-tuning and reinforcement learning, which then is rewarded by it."""
+
+    epochs: int = Field(default=0, ge=0)
+    """Passes over the comparisons; 0 trains no reward model."""
+
+    early_stop: bool = True
+    """Stop once the held-out loss rises and keep the weights of its lowest. False: keep the last ones."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Comparisons of one optimiser step."""
+
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Optimiser steps from one checkpoint to the next, and of one sign of progress, at most: what a lost worker costs."""
+
+    standardise: bool = True
+    """Shift and scale the reward so that over the comparisons it has mean 0 and variance 1 (Huang et al. 2023, detail 5)."""
+
+    pairs: Literal["task", "sampled"] = "task"
+    """Whose comparisons: the task's own, or of replies that the fine-tuned model samples, judged by the task's reward function."""
+
+    learner: LearnerConfig = LearnerConfig(learning_rate=1e-4, schedule="cosine", warmup_fraction=0.05)
     """The gang that trains."""
 
 
@@ -126,6 +154,7 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
     batch: BatchConfig = BatchConfig()
     algorithm: AnyAlgorithm = PPO()
     shaping: ShapingConfig = ShapingConfig()
@@ -241,7 +270,12 @@ def _model_rules(config: RunConfig) -> None:
 
 
 def _learner_rules(config: RunConfig) -> None:
-    learners = {"policy": config.policy, "critic": config.critic, "finetune.learner": config.finetune.learner}
+    learners = {
+        "policy": config.policy,
+        "critic": config.critic,
+        "finetune.learner": config.finetune.learner,
+        "reward_model.learner": config.reward_model.learner,
+    }
     for name, learner in learners.items():
         if not all(0 <= beta < 1 for beta in learner.betas):
             raise ValueError(f"{name}.betas: must be >= 0 and < 1, got {learner.betas}; they are AdamW's decay rates, such as (0.9, 0.95)")

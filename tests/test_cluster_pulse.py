@@ -37,7 +37,7 @@ class Worker:
 
 @pytest.fixture
 def spawned(ray_session: Session) -> Any:
-    session = Session(CONFIG, ray_session._log_dir, packages=("cluster",))
+    session = Session(CONFIG, ray_session.log_dir, packages=("cluster",))
     session._is_local = True
     placed = session.place(plan_placement([RoleDemand("worker", 2, 0)], share_devices=False, cpus_per_bundle=1, local_cpus=2))
     yield lambda index: placed.spawn(Worker, "worker", index)

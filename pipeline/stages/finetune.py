@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: imitate the task's demonstrations, on the same learner gang that reinforcement learning uses.
+"""Supervised fine-tuning: imitate the task's demonstrations, on Ray Train, with the learner that reinforcement learning uses.
 
     L_t = -log pi(a_t|s_t) on the tokens of the response; prompt tokens carry no loss.
 
 A demonstration is an experience whose actions are the demonstrated tokens, so nothing here trains: the stage only
-lays out tables and decides when to stop.
+lays out tables and says what is measured on held-out ones.
 """
 
 from __future__ import annotations
@@ -12,32 +12,28 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from actors import ragged
 from actors.experience import Experience, Rollouts
-from actors.learner import Learner, UpdatePlan
-from cluster.faults import RunError
-from cluster.gang import Gang
+from cluster.session import Session
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.observe.progress import Progress
-from pipeline.roles import Stage
+from pipeline.stages.loop import HELDOUT, MAX_LOSS, TRAIN, Job, Measured, Prepared
+from pipeline.stages.trainer import fit
 from pipeline.tasks.task import SPLITS, demonstrations_of, encode_demonstration, load_task
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
     from torch import Tensor
 
-    from actors.learner import InferReport, UpdateReport
+    from actors.learner import Learner
     from actors.objective import ActionTokens
 
 
-MAX_LOSS = 700.0  # nats a token: exp of more is no float64, and a uniform guess among a million words has 14
-
-
+@dataclass(frozen=True, slots=True)
 class Imitation:
     """Negative log-likelihood: the policy objective of supervised fine-tuning."""
 
@@ -45,13 +41,14 @@ class Imitation:
         return -logprobs, {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """How much there is to imitate."""
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """Of held-out responses: exp of the mean negative log-probability of a token."""
 
-    train: int
-    heldout: int
-    excluded: int  # longer than the model's context
+    def __call__(self, learner: Learner, heldout: pa.Table) -> Measured:
+        loss = -learner.infer(heldout)[0].mean
+        perplexity = math.exp(loss) if loss < MAX_LOSS else math.inf
+        return Measured(loss=loss, values={"heldout_loss": loss, "perplexity": perplexity}, text=f"held-out perplexity {perplexity:.1f}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,101 +60,65 @@ class Finetuned:
     perplexity: float
 
 
-def finetune(config: RunConfig, stage: Stage, run_dir: Path, progress: Progress) -> Finetuned:
-    """Make the model of the recipe (new or given) imitate the task. Returns the folder `run_dir/finetuned`."""
-    folder, learner = run_dir / "finetuned", config.finetune.learner
-    clerk = stage.beside("preparation", config, Preparation)
-    clerk.start()
+def finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progress) -> Finetuned:
+    """Make the model of the recipe (new or given) imitate the task. Returns the folder `run_dir/finetuned`; what led there is in `run_dir/sft`.
 
-    def send(worker: Any, attempt: int) -> tuple[ObjectRef, ...]:
-        return tuple(worker.prepare.options(num_returns=3).remote(config.task, config.model, config.seed, str(folder)))
-
-    [(prepared, (train, heldout))] = stage.map(clerk, "preparing demonstrations", [send])
-    clerk.close()
-    if prepared.excluded:
-        everything = prepared.train + prepared.heldout + prepared.excluded
-        progress.remark(f"{prepared.excluded} of {everything} demonstrations are longer than the model's context and left out")
-    minibatches = math.ceil(prepared.train / config.finetune.batch_size)
-    gang = stage.gang(
-        "policy",
-        learner.ranks,
-        config,
-        Learner,
+    Raises RunError; called again, it goes on from the last checkpoint.
+    """
+    folder, chosen = run_dir / "finetuned", config.finetune
+    job = Job(
+        name="sft",
+        title="fine-tune",
+        section="finetune",
         role="policy",
-        path=config.model.path or str(folder),
-        config=learner,
-        temperature=1.0,
+        prepare=PrepareDemonstrations(task=config.task, model=config.model, seed=config.seed),
+        learner=chosen.learner,
         objective=Imitation(),
-        total_updates=config.finetune.epochs * minibatches,
+        measure=Perplexity(),
+        best=folder.absolute(),
+        epochs=chosen.epochs,
+        early_stop=chosen.early_stop,
+        rows=chosen.batch_size,
+        checkpoint_every=chosen.checkpoint_every,
         seed=config.seed,
     )
-    gang.start()
-    gang.connect()
-
-    def export() -> None:
-        gang.call("export", lambda rank, _: rank.export.remote(str(folder)))
-
-    progress.stage("fine-tune", config.finetune.epochs)
-    before = kept = _perplexity(gang, heldout, "Check the weights in model.path.")
-    export()  # a model that fine-tuning cannot improve is kept as it is
-    for epoch in range(config.finetune.epochs):
-        plan = UpdatePlan(step=epoch, epochs=1, minibatches=minibatches, seed=config.seed, aggregation="token_mean")
-        report = _epoch(gang, train, plan)
-        now = _perplexity(gang, heldout, f"Lower finetune.learner.learning_rate, now {learner.learning_rate:g}.")
-        progress.advance(f"loss {report.loss:.3f}  held-out perplexity {now:.1f}")
-        if config.finetune.early_stop and now >= kept:
-            break
-        kept = now
-        if config.finetune.early_stop or epoch == config.finetune.epochs - 1:
-            export()
-    gang.close()
-    return Finetuned(folder=folder, perplexity_before=before, perplexity=kept)
+    fitted = fit(job, config, session, run_dir / "sft", progress)
+    before, best = (measured.values["perplexity"] for measured in (fitted.standing.before, fitted.standing.best))
+    return Finetuned(folder=folder, perplexity_before=before, perplexity=best)
 
 
-def _perplexity(gang: Gang, heldout: ObjectRef, remedy: str) -> float:
-    """Of held-out responses. Raises RunError when it is no finite number, since nothing that such weights begin can end well."""
-    phase = "held-out perplexity"
-    reports: list[InferReport] = gang.call(phase, lambda rank, _: rank.infer.options(num_returns=2).remote(heldout))
-    loss = -reports[0].mean  # the same on every rank
-    if not loss < MAX_LOSS:
-        raise RunError("policy", phase, f"its loss is {loss:.3g} nats a token, so its weights are not finite or have diverged", remedy)
-    return math.exp(loss)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareDemonstrations:
+    """Writes a new model if the recipe names none, and the task's demonstrations in tokens: Experience to train on, held-out Rollouts."""
 
+    task: str
+    model: ModelConfig
+    seed: int
 
-def _epoch(gang: Gang, train: ObjectRef, plan: UpdatePlan) -> UpdateReport:
-    reports: list[UpdateReport] = gang.call(f"fine-tuning epoch {plan.step}", lambda rank, _: rank.update.remote(train, plan))
-    return reports[0]
+    def __call__(self, folder: Path) -> Prepared:
+        from actors.model import context_of, load_tokenizer, new_gpt2
 
-
-def prepare(task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple[Prepared, pa.Table, pa.Table]:
-    """Write a new model if the recipe names none, and encode the demonstrations: (counts, Experience, held-out Rollouts)."""
-    from actors.model import context_of, load_tokenizer, new_gpt2
-
-    task = load_task(task_name)
-    if not model.path:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        task.build_tokenizer(Path(folder), model.vocabulary)
-    tokenizer = load_tokenizer(model.path or folder)
-    if not model.path:
-        new_gpt2(tokenizer, layers=model.layers, width=model.width, heads=model.heads, context=model.context, seed=seed).save_pretrained(folder)
-    encoded = {split: [encode_demonstration(d, tokenizer) for d in demonstrations_of(task, split)] for split in SPLITS}
-    context = model.context if not model.path else context_of(model.path)
-    fitting = {split: [(p, r) for p, r in pairs if len(p) + len(r) <= context] for split, pairs in encoded.items()}
-    for split, pairs in fitting.items():
-        if not pairs:
-            raise ValueError(f"task: must have {split} demonstrations that fit the model's context of {context} tokens, got none of {len(encoded[split])}")
-    excluded = sum(len(encoded[split]) - len(fitting[split]) for split in encoded)
-    prepared = Prepared(train=len(fitting["train"]), heldout=len(fitting["heldout"]), excluded=excluded)
-    heldout = demonstrated(fitting["heldout"]).table.select(Rollouts.schema.names).cast(Rollouts.schema)
-    return prepared, demonstrated(fitting["train"]).table, heldout
-
-
-class Preparation:
-    """`prepare` as an actor: texts and tensors stay out of the driver."""
-
-    def prepare(self, task_name: str, model: ModelConfig, seed: int, folder: str) -> tuple[Prepared, pa.Table, pa.Table]:
-        """See `prepare`."""
-        return prepare(task_name, model, seed, folder)
+        task, model = load_task(self.task), self.model
+        start = model.path or str(folder / "model")
+        if not model.path:
+            Path(start).mkdir(parents=True, exist_ok=True)
+            task.build_tokenizer(Path(start), model.vocabulary)
+        tokenizer = load_tokenizer(start)
+        if not model.path:
+            shape = {"layers": model.layers, "width": model.width, "heads": model.heads, "context": model.context}
+            new_gpt2(tokenizer, **shape, seed=self.seed).save_pretrained(start)
+        encoded = {split: [encode_demonstration(d, tokenizer) for d in demonstrations_of(task, split)] for split in SPLITS}
+        context = context_of(start)
+        fitting = {split: [(p, r) for p, r in pairs if len(p) + len(r) <= context] for split, pairs in encoded.items()}
+        for split, pairs in fitting.items():
+            if not pairs:
+                raise ValueError(f"task: must have {split} demonstrations that fit the model's context of {context} tokens, got none of {len(encoded[split])}")
+        demonstrated(fitting["train"]).write(folder / TRAIN)
+        Rollouts(demonstrated(fitting["heldout"]).table.select(Rollouts.schema.names).cast(Rollouts.schema)).write(folder / HELDOUT)
+        everything = sum(len(pairs) for pairs in encoded.values())
+        excluded = everything - sum(len(pairs) for pairs in fitting.values())
+        remark = f"{excluded} of {everything} demonstrations are longer than the model's context and left out" if excluded else ""
+        return Prepared(train=len(fitting["train"]), heldout=len(fitting["heldout"]), model=start, excluded=excluded, remark=remark)
 
 
 def demonstrated(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Experience:

@@ -1,0 +1,370 @@
+"""Training on Ray Train: real workers, real DeepSpeed, two-layer models; and the course of a training with a learner that is a number."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from rich.console import Console
+
+from actors.config import LearnerConfig, SamplingConfig
+from cluster.config import ClusterConfig
+from cluster.faults import RunError
+from cluster.session import Session
+from pipeline.config import BatchConfig, FinetuneConfig, ModelConfig, RunConfig
+from pipeline.observe.progress import Progress
+from pipeline.stages.finetune import Finetuned, Imitation, Perplexity, finetune
+from pipeline.stages.loop import Course, Job, Measured, Prepared, Standing, parts, prepare_in
+from pipeline.stages.signs import Failure, Signs
+from pipeline.stages.trainer import _is_damaged, fit
+
+PACKAGES = ("cluster", "actors", "pipeline")
+
+
+# ---- with Ray ----
+
+
+def recipe(**finetuning: Any) -> RunConfig:
+    """A thousand walks, 16 updates an epoch, two parts an epoch."""
+    learner = finetuning.pop("learner", LearnerConfig(learning_rate=3e-3, micro_batch_size=32))
+    return RunConfig(
+        task="walks",
+        steps=1,
+        model=ModelConfig(layers=2, width=16, heads=2, context=16),
+        finetune=FinetuneConfig(**{"epochs": 3, "batch_size": 63, "checkpoint_every": 8, "learner": learner} | finetuning),
+        batch=BatchConfig(max_prompt_tokens=1),
+        sampling=SamplingConfig(max_new_tokens=9),
+        cluster=ClusterConfig(cpus_per_bundle=1, peer_timeout_s=20, call_timeout_s=120),
+    )
+
+
+@contextmanager
+def opened(run_dir: Path, config: RunConfig) -> Iterator[tuple[Session, Progress, io.StringIO]]:
+    """As a run opens it, on the session's Ray."""
+    (run_dir / "log").mkdir(parents=True, exist_ok=True)
+    said = io.StringIO()
+    with Progress(Console(file=said, width=200)) as progress, Session(config.cluster, run_dir / "log", packages=PACKAGES) as session:
+        yield session, progress, said
+
+
+def tuned(run_dir: Path, config: RunConfig) -> Finetuned:
+    with opened(run_dir, config) as (session, progress, _):
+        return finetune(config, session, run_dir, progress)
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(folder: Path) -> list[dict[str, Any]]:
+    """The curve without what measures time."""
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in curve(folder)]
+
+
+def checksum(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+@contextmanager
+def when(folder: Path, done: int, act: Callable[[], None]) -> Iterator[None]:
+    """Inside, `act` is called once so many parts are done."""
+
+    def wait() -> None:
+        while len(Signs(folder).read_metrics()) < done:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def kill(folder: Path, rank: int) -> None:
+    os.kill(next(worker.pid for worker in Signs(folder).read_workers() if worker.rank == rank), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def whole(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fine-tuning on one worker, undisturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    tuned(run_dir, recipe())
+    return run_dir
+
+
+@pytest.mark.slow
+def test_fine_tuning_leaves_a_model_a_curve_and_a_log(whole: Path) -> None:
+    records = curve(whole / "sft")
+    assert [record["updates"] for record in records] == [8, 16, 24, 32, 40, 48]
+    assert [record["epoch"] for record in records] == [1, 1, 2, 2, 3, 3]
+    assert ["perplexity" in record for record in records] == [False, True] * 3
+    assert records[1]["perplexity"] > records[3]["perplexity"] > records[5]["perplexity"]
+    assert (whole / "log" / "sft-0.log").is_file()
+    assert len(list((whole / "sft" / "checkpoints").glob("updates-*"))) == 2, "older checkpoints are removed"
+
+
+@pytest.mark.slow
+def test_the_perplexity_is_that_of_the_saved_model(whole: Path) -> None:
+    import pyarrow.parquet as pq
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "finetuned")
+    losses = []
+    for row in pq.read_table(whole / "sft" / "heldout.parquet").slice(0, 200).to_pylist():
+        tokens = torch.tensor([row["tokens"]])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(tokens).logits[0, :-1], -1).gather(-1, tokens[0, 1:, None])[:, 0]
+        losses += (-logprobs[torch.tensor(row["action_mask"][1:])]).tolist()
+    assert curve(whole / "sft")[-1]["perplexity"] == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_an_interrupted_driver_change_no_bit(whole: Path, tmp_path: Path) -> None:
+    """Killed after the first part, interrupted after the fourth, called again: the same curve and the same weights."""
+    config, folder = recipe(), tmp_path / "sft"
+    with when(folder, 1, lambda: kill(folder, 0)), when(folder, 4, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path, config)
+    interrupted = len(curve(folder))
+    assert interrupted < 6
+    with opened(tmp_path, config) as (session, progress, said):
+        found = finetune(config, session, tmp_path, progress)
+    assert "fine-tune 6/6" in said.getvalue()
+    assert learned(folder) == learned(whole / "sft")
+    assert checksum(tmp_path / "finetuned") == checksum(whole / "finetuned")
+    assert found.perplexity == curve(folder)[-1]["perplexity"] < found.perplexity_before
+
+
+@pytest.mark.slow
+def test_two_workers_of_which_one_is_killed_learn_the_same(whole: Path, tmp_path: Path) -> None:
+    """ZeRO 2 on two ranks against one process: losses and norms within the accuracy of float32 sums."""
+    folder = tmp_path / "sft"
+    with when(folder, 2, lambda: kill(folder, 1)):
+        tuned(tmp_path, recipe(learner=LearnerConfig(learning_rate=3e-3, micro_batch_size=20, ranks=2, zero_stage=2)))
+    for one, two in zip(curve(whole / "sft"), curve(folder), strict=True):
+        for name in one.keys() - {"seconds", "text"}:
+            assert two[name] == pytest.approx(one[name], rel=1e-3), name
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """A preparation that counts how often it was asked, and says no."""
+
+    asked: str
+
+    def __call__(self, folder: Path) -> Prepared:
+        with Path(self.asked).open("a") as file:
+            file.write("asked\n")
+        raise ValueError("task: must have demonstrations, got none")
+
+
+@dataclass(frozen=True)
+class Sleeping:
+    def __call__(self, folder: Path) -> Prepared:
+        time.sleep(600)
+        raise AssertionError
+
+
+def job(tmp_path: Path, **changes: Any) -> Job:
+    made = Job(
+        name="sft", title="fine-tune", section="finetune", role="policy", prepare=Refusing(str(tmp_path / "asked")), learner=LearnerConfig(),
+        objective=Imitation(), measure=Perplexity(), best=tmp_path / "best", epochs=3, early_stop=True, rows=4, checkpoint_every=2, seed=0,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_data_is_told_once_and_at_once(ray_session: Session, tmp_path: Path) -> None:
+    with opened(tmp_path, recipe()) as (session, progress, _), pytest.raises(RunError) as caught:
+        fit(job(tmp_path), recipe(), session, tmp_path / "sft", progress)
+    assert str(caught.value) == "sft[0] failed during 'prepare': task: must have demonstrations, got none."
+    assert (tmp_path / "asked").read_text() == "asked\n"
+    assert "Traceback" in (tmp_path / "log" / "sft-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_training_that_gives_no_sign_is_stopped(ray_session: Session, tmp_path: Path) -> None:
+    config = recipe().model_copy(update={"cluster": ClusterConfig(cpus_per_bundle=1, call_timeout_s=1)})
+    with opened(tmp_path, config) as (session, progress, _), pytest.raises(RunError) as caught:
+        fit(job(tmp_path, prepare=Sleeping()), config, session, tmp_path / "sft", progress)
+    assert str(caught.value).startswith("sft failed during 'prepare': no sign of progress for 1 s. If it only takes long, raise cluster.call_timeout_s")
+    [worker] = Signs(tmp_path / "sft").read_workers()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker.pid}").exists():
+        assert time.monotonic() < deadline, "its worker runs on"
+        time.sleep(0.1)
+
+
+# ---- without ----
+
+
+@dataclass
+class Number:
+    """A learner whose weights are one number, and whose held-out loss is scripted by it: what a Course asks of a learner, and no more."""
+
+    losses: list[float]  # by epochs done
+    rank: int = 0
+    weights: int = 0
+    exported: list[int] = field(default_factory=list)
+    made: list[tuple[int, int, int]] = field(default_factory=list)  # epoch, first, count
+    training: float = 1.0
+
+    def update(self, table: pa.Table, plan: Any) -> Any:
+        self.made.append((plan.step, plan.first, plan.count))
+        self.weights += plan.count
+
+        @dataclass
+        class Report:
+            loss: float = self.training
+            grad_norm: float = 1.0
+            skipped: int = 0
+            learning_rate: float = 0.1
+            seconds: float = 0.0
+
+        return Report()
+
+    def save(self, folder: str) -> None:
+        (Path(folder) / "rank-0.safetensors").write_text(str(self.weights))
+
+    def restore(self, folder: str, files: list[str]) -> None:
+        assert files == ["rank-0.safetensors"]
+        self.weights = int((Path(folder) / files[0]).read_text())
+
+    def export(self, folder: str) -> None:
+        self.exported.append(self.weights)
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """The loss that a Number has after so many epochs of three updates."""
+
+    def __call__(self, learner: Any, heldout: pa.Table) -> Measured:
+        loss = learner.losses[learner.weights // 3]
+        return Measured(loss=loss, values={"held": loss}, text=f"held {loss:g}")
+
+
+class Shelf:
+    """Keeps checkpoints in folders."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        kept = sorted(self.folder.glob("updates-*"))
+        yield kept[-1] if kept else None
+
+    def keep(self, name: str, write: Callable[[Path], None], metrics: Any) -> None:
+        (self.folder / name).mkdir(parents=True)
+        write(self.folder / name)
+
+
+def course(tmp_path: Path, learner: Number, **changes: Any) -> Standing:
+    """10 rows, 4 of an update: 3 updates an epoch, 2 of a part."""
+    (tmp_path / "sft").mkdir(exist_ok=True)
+    prepared, empty = Prepared(train=10, heldout=3, model=""), pa.table({})
+    made: Any = learner
+    return Course(job(tmp_path, measure=Scripted(), **changes), made, prepared, (empty, empty), Signs(tmp_path / "sft"), Shelf(tmp_path / "kept")).run()
+
+
+def test_an_early_stop_keeps_the_best(tmp_path: Path) -> None:
+    learner = Number(losses=[5, 3, 4, 1])
+    standing = course(tmp_path, learner)
+    assert (standing.epoch, standing.over, standing.best.loss, standing.before.loss) == (2, True, 3, 5)
+    assert learner.exported == [0, 3], "the weights of the first epoch are what is left"
+    assert learner.made == [(0, 0, 2), (0, 2, 1), (1, 0, 2), (1, 2, 1)], "parts do not cross an epoch's end"
+    assert [record["text"] for record in curve(tmp_path / "sft")] == ["loss 1.000", "loss 1.000  held 3", "loss 1.000", "loss 1.000  held 4"]
+
+
+def test_a_training_that_only_gets_worse_keeps_the_model_it_began_with(tmp_path: Path) -> None:
+    learner = Number(losses=[5, 6, 1, 1])
+    assert course(tmp_path, learner).best.loss == 5
+    assert learner.exported == [0]
+
+
+def test_without_an_early_stop_the_last_weights_are_kept(tmp_path: Path) -> None:
+    learner = Number(losses=[5, 3, 4, 4.5])
+    assert course(tmp_path, learner, early_stop=False).best.loss == 4.5
+    assert learner.exported == [0, 9]
+    assert parts(job(tmp_path), Prepared(train=10, heldout=3, model="")) == len(curve(tmp_path / "sft")) == 6
+
+
+def test_a_training_goes_on_from_every_checkpoint_to_the_same_end(tmp_path: Path) -> None:
+    whole = course(tmp_path, Number(losses=[5, 3, 2, 2.5]))
+    kept, lines = sorted((tmp_path / "kept").iterdir()), (tmp_path / "sft" / "metrics.jsonl").read_text()
+    assert [folder.name for folder in kept] == ["updates-00000002", "updates-00000005", "updates-00000008", "updates-00000009"]
+    for last in range(len(kept)):
+        for folder in kept[last:]:
+            shutil.rmtree(folder)
+        again = Number(losses=[5, 3, 2, 2.5])
+        assert course(tmp_path, again) == whole
+        assert again.weights == 9
+        assert (tmp_path / "sft" / "metrics.jsonl").read_text() == lines
+        assert all(folder.is_dir() for folder in kept)
+
+
+@pytest.mark.parametrize(
+    ("learner", "told"),
+    [
+        (Number(losses=[float("nan")]), "sft failed during 'measure': its loss is nan, so its weights are not finite or have diverged. Check the weights"),
+        (Number(losses=[5, float("inf")]), "sft failed during 'measure after epoch 1': its loss is inf, so its weights are not finite or have diverged. Lower"),
+        (Number(losses=[5, 4], training=float("nan")), "sft failed during 'epoch 1, updates 1-2 of 3': its loss is nan"),
+    ],
+)
+def test_weights_that_nothing_good_can_come_of_end_the_training(learner: Number, told: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        course(tmp_path, learner)
+    assert str(caught.value).startswith(told)
+
+
+def test_a_preparation_is_done_once(tmp_path: Path) -> None:
+    done: list[Path] = []
+
+    def prepare(folder: Path) -> Prepared:
+        done.append(folder)
+        return Prepared(train=1, heldout=2, model="there", remark="so it is")
+
+    assert prepare_in(tmp_path, prepare) == prepare_in(tmp_path, prepare) == Prepared(train=1, heldout=2, model="there", remark="so it is")
+    assert done == [tmp_path]
+
+
+def test_a_failure_speaks_as_its_error_did() -> None:
+    told = RunError("sft[1]", "handshake", "it imports another copy", "Install it.")
+    assert str(Failure.of(told, "sft[0]", "start").error()) == str(told)
+    assert str(Failure.of(ValueError("task: must be"), "sft[0]", "prepare").error()) == "sft[0] failed during 'prepare': task: must be."
+    assert str(Failure.of(OSError(28, "No space left on device"), "sft[0]", "export").error()).startswith(
+        "sft[0] failed during 'export': the called code raised:\nOSError: [Errno 28] No space left on device"
+    )
+
+
+def test_a_list_of_checkpoints_that_was_half_written_is_noticed(tmp_path: Path) -> None:
+    assert not _is_damaged(tmp_path)
+    storage = tmp_path / "checkpoints"
+    (storage / "updates-8").mkdir(parents=True)
+    snapshot = storage / "checkpoint_manager_snapshot.json"
+    snapshot.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "updates-8"}]}))
+    assert not _is_damaged(tmp_path)
+    snapshot.write_text(snapshot.read_text()[:-9])
+    assert _is_damaged(tmp_path)
+    snapshot.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "updates-9"}]}))
+    assert _is_damaged(tmp_path)
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert Signs(tmp_path).read_metrics() == [{"a": 1}, {"a": 2}]
