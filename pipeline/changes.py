@@ -18,7 +18,7 @@ HARMLESS: dict[str, str] = {
     "steps": _COURSE,  # schedules are spread over them
     "commit_every": _SAME_BITS,
     "keep_commits": _SAME_BITS,
-    "evaluation.shown": _SAME_BITS,
+    **{f"evaluation.{key}": _SAME_BITS for key in ("prompts", "samples", "best_of", "demonstrations", "shown", "workers", "gpus")},
     "rollout.workers": _SAME_BITS,
     "rollout.gpus": _ROUNDING,
     "reward.workers": _SAME_BITS,

@@ -1,10 +1,8 @@
 """A whole run: fine-tune where the recipe asks for it, reinforce, compare, export. What `train`, `quickstart` and `resume` do.
 
-recipe --finetune--> finetuned/ --start_roles--> Driver.run --> policy/
-                                   `-- evaluate before ... after --> evaluation.json
+recipe --finetune--> finetuned/ --start_roles--> Driver.run --> policy/ --evaluate, against what it began from--> evaluation.json
 
-Each part leaves a file when it is done, and a run that goes on begins with the first that is missing: finetuned.json, evaluation-before.json,
-commits, evaluation.json.
+Each part leaves a file when it is done, and a run that goes on begins with the first that is missing: finetuned.json, commits, evaluation.json.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from actors.reward import check_classifier, load_function
 from cluster.events import Pump
 from cluster.faults import RunError
 from cluster.placement import RoleDemand
@@ -32,21 +29,23 @@ from pipeline.changes import check_changes
 from pipeline.checkpoint import Checkpoints, Commit
 from pipeline.config import RunConfig, check, save
 from pipeline.driver import Driver
-from pipeline.evaluation import Comparison, Evaluator, Report, compare, heldout_groups
+from pipeline.evaluation import Evaluation
 from pipeline.observe.journal import Journal
 from pipeline.observe.observer import Observer
 from pipeline.observe.progress import Progress
+from pipeline.observe.report import write
 from pipeline.observe.summary import show
 from pipeline.prompts import Asked, asked, check_data
 from pipeline.roles import Stage, declare_roles, demands, place
 from pipeline.run_folder import RunFolder
+from pipeline.stages.evaluate import check_judges, evaluate, examiners, judges_of
 from pipeline.stages.finetune import Finetuned, finetune
 from pipeline.tasks.task import Task, load_task
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("cluster", "actors", "pipeline")
-_FINETUNED, _BEFORE = "finetuned.json", "evaluation-before.json"
+_FINETUNED = "finetuned.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ class Result:
 
     run_dir: Path
     finetuned: Finetuned | None
-    comparison: Comparison
+    evaluation: Evaluation
     seconds: float
 
 
@@ -113,10 +112,7 @@ def resume(config: RunConfig, run_dir: Path, allowed: Collection[str], console: 
 def _preflight(config: RunConfig) -> tuple[Task, Asked | None]:
     """The task, and its prompts if the model is there already. Raises ValueError for what cannot work, while nothing is started."""
     task = load_task(config.task)
-    if config.reward.model:
-        check_classifier(config.reward.model)
-    else:
-        load_function(config.reward.function or task.reward)
+    check_judges(judges_of(config.reward, task.reward))
     check_data(config, task)
     return task, asked(config, task, config.model.path) if config.model.path else None
 
@@ -124,21 +120,25 @@ def _preflight(config: RunConfig) -> tuple[Task, Asked | None]:
 def _carry_out(config: RunConfig, task: Task, known: Asked | None, folder: RunFolder, commit: Commit | None, console: Console) -> Result:
     started = time.monotonic()
     run_dir = folder.path
-    with Journal(run_dir / "log"), Progress(console) as progress, _named(progress):
+    with Journal(run_dir / "log"), Progress(console) as progress, named(progress):
         log.info("epoch %d begins at step %d, process %d", folder.epoch, folder.history[-1].from_step, folder.history[-1].pid)
         run = _Run(config=config, task=task, asked=known, folder=folder, commit=commit, progress=progress)
         with Session(config.cluster, run_dir / "log", packages=PACKAGES, local_cpus=_cpus(config)) as session:
-            session.preflight(place(config, demands(config)))  # before fine-tuning, not after it
+            for asking in (demands(config), examiners(config)):
+                session.preflight(place(config, asking))  # before fine-tuning, not after it
             finetuned = _finetune(run, session) if config.finetune.epochs else None
-            comparison = _reinforce(run, session, str(finetuned.folder) if finetuned else config.model.path)
-        folder.finish(json.dumps(comparison.record(len(comparison.before.prompts)), indent=1))
-    result = Result(run_dir=run_dir, finetuned=finetuned, comparison=comparison, seconds=time.monotonic() - started)
+            start = str(finetuned.folder) if finetuned else config.model.path
+            _reinforce(run, session, start)
+            judges = judges_of(config.reward, task.reward)
+            evaluation = evaluate(config, session, run_dir, progress, policy=str(run_dir / "policy"), baseline=start, judges=judges)
+        write(evaluation, run_dir, run_dir)  # with it the run is finished
+    result = Result(run_dir=run_dir, finetuned=finetuned, evaluation=evaluation, seconds=time.monotonic() - started)
     show(result, config, console)
     return result
 
 
 @contextmanager
-def _named(progress: Progress) -> Iterator[None]:
+def named(progress: Progress) -> Iterator[None]:
     """Whatever goes wrong inside becomes an error that names its phase."""
     try:
         yield
@@ -183,7 +183,8 @@ def _finetune(run: _Run, session: Session) -> Finetuned:
     return finetuned
 
 
-def _reinforce(run: _Run, session: Session, model: str) -> Comparison:
+def _reinforce(run: _Run, session: Session, model: str) -> None:
+    """From `model` to the folder `policy`; its processes are gone afterwards, so an evaluation has the memory."""
     config, folder, progress = run.config, run.folder, run.progress
     progress.stage("start actors", 1)
     prompts = run.asked or asked(config, run.task, model)
@@ -194,28 +195,14 @@ def _reinforce(run: _Run, session: Session, model: str) -> Comparison:
         with Observer(folder.path, progress) as observer:
             roles.start()
             driver = Driver(config, folder, roles, stage, prompts.train, observer)
-            chosen = prompts.heldout.draw(heldout_groups(config.evaluation.prompts, len(prompts.heldout)))
-            evaluator = Evaluator(config, roles, stage, prompts.tokenizer, chosen)
-            before = _evaluate_before(run, evaluator, driver)
             progress.stage("reinforce", config.steps)
             driver.restore(run.commit)
             driver.run(folder.path / "policy")
-            progress.stage("evaluate after", 1)
-            after = evaluator.evaluate(driver.weights)
     finally:
         roles.close()
         placed.remove()
-    return compare(before, after, config.seed)
-
-
-def _evaluate_before(run: _Run, evaluator: Evaluator, driver: Driver) -> Report:
-    """The policy as it began, on held-out prompts: done once in a run's life, while the learners still hold it."""
-    done = Folder(run.folder.path)
-    if not done.exists(_BEFORE):
-        run.progress.stage("evaluate before", 1)
-        done.write_text(_BEFORE, evaluator.evaluate(driver.weights).to_text())
-    return Report.from_text(done.read_text(_BEFORE))
 
 
 def _cpus(config: RunConfig) -> int:
-    return max(place(config, demands(config)).cpus, config.cluster.cpus_per_bundle * config.finetune.learner.ranks)
+    asked_for = (demands(config), examiners(config), [RoleDemand(role="policy", workers=config.finetune.learner.ranks, gpus=0)])
+    return max(place(config, asking).cpus for asking in asked_for)

@@ -112,10 +112,6 @@ class RunFolder:
             cause = f"process {newest.pid} on {newest.host} has taken over {self.path} (epoch {newest.number}, ours is {self.epoch})"
             raise RunError("driver", "checking the run folder", cause, "Two processes must not run in one folder; this one stops.")
 
-    def finish(self, text: str) -> None:
-        """Write the evaluation, whole; with it the run is finished."""
-        Folder(self.path).write_text(_FINISHED, text)
-
     def __enter__(self) -> Self:
         return self
 
