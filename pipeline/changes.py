@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config import RunConfig
 
 _SAME_BITS = "gives the same weights"
+_SAME_POLICY = "gives the same policy, measured otherwise"
 _ROUNDING = "gives the same weights but for rounding"
 _COURSE = "changes the course of the run from here on"
 
@@ -18,7 +19,8 @@ HARMLESS: dict[str, str] = {
     "steps": _COURSE,  # schedules are spread over them
     "commit_every": _SAME_BITS,
     "keep_commits": _SAME_BITS,
-    "evaluation.shown": _SAME_BITS,
+    **{f"evaluation.{key}": _SAME_BITS for key in ("shown", "workers", "gpus")},
+    **{f"evaluation.{key}": _SAME_POLICY for key in ("prompts", "samples", "best_of", "demonstrations")},
     "rollout.workers": _SAME_BITS,
     "rollout.gpus": _ROUNDING,
     "reward.workers": _SAME_BITS,

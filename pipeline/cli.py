@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pipeline.chain import StageName
     from pipeline.config import RunConfig
+    from pipeline.contest import Contest
 
 HELP = ("-h", "--help")
 USAGE = """\
@@ -37,9 +38,11 @@ raylign: reinforcement learning from human feedback for causal language models, 
   raylign resume RUN_DIR             go on with a run that was stopped or broke off, from its last commit
   raylign ledger RUN_DIR             the account of a run: what became of every sample
   raylign replay RUN_DIR --step N    compute a step's advantages and losses again, offline, and compare with what was recorded
+  raylign evaluate RUN_DIR|RECIPE    two models on held-out prompts: reward, win rate, KL, best-of-n; of a run, its policy against the model it began from
 
   --run-dir DIR                      where the run is written (default runs/<recipe>-<time>); in the folder of a run, only what has changed is done again
   --section.field value              override a setting; `raylign run RECIPE --help` lists them all
+  --policy, --baseline DIR           with evaluate: other models; --reward-model DIR another judge; --out DIR where the result is written
   --allow-change KEY                 with resume: accept that this setting differs from what the run was begun with
 
 recipes: {recipes}
@@ -47,6 +50,7 @@ recipes: {recipes}
 _UNTIL: dict[str, StageName] = {"quickstart": "evaluate", "run": "evaluate", "sft": "sft", "reward": "reward", "train": "rl"}
 _OF_RECIPE = (*_UNTIL, "plan")
 _OF_RUN = ("resume", "ledger", "replay")
+_EVALUATE = "evaluate"  # of a recipe or of a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,7 @@ class Command:
     config: RunConfig
     allowed: tuple[str, ...] = ()
     step: int = 0
+    contest: Contest | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's reward function is named by import path from where they stand
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in (*HELP, "help") or (arguments[0] in (*_OF_RECIPE[1:], *_OF_RUN) and arguments[1:] and arguments[1] in HELP):
+    if not arguments or arguments[0] in (*HELP, "help") or (arguments[0] in (*_OF_RECIPE[1:], *_OF_RUN, _EVALUATE) and arguments[1:] and arguments[1] in HELP):
         print(USAGE.format(recipes=", ".join(_bundled())), end="")
         return 0 if arguments else 2
     try:
@@ -84,7 +89,9 @@ def parse(arguments: Sequence[str]) -> Command:
         return _parse_recipe(name, rest)
     if name in _OF_RUN:
         return _parse_run(name, rest)
-    raise ValueError(f"command: must be {', '.join((*_OF_RECIPE, *_OF_RUN)[:-1])} or {_OF_RUN[-1]}, got {name!r}; see raylign --help")
+    if name == _EVALUATE:
+        return _parse_evaluate(rest)
+    raise ValueError(f"command: must be {', '.join((*_OF_RECIPE, *_OF_RUN))} or {_EVALUATE}, got {name!r}; see raylign --help")
 
 
 def _parse_recipe(name: str, rest: list[str]) -> Command:
@@ -125,6 +132,30 @@ def _parse_run(name: str, rest: list[str]) -> Command:
     return Command(name=name, run_dir=run_dir, config=load(recipe), step=getattr(parser.parse_args(rest), "step", 0))
 
 
+def _parse_evaluate(rest: list[str]) -> Command:
+    """TARGET is a run folder, whose recipe and models are taken, or a recipe. Models by name stay as they are; see pipeline/contest.py."""
+    from pipeline.config import load, recipe_path
+    from pipeline.contest import Contest
+
+    if not rest or rest[0].startswith("-"):
+        raise ValueError("TARGET: `raylign evaluate` needs one, the folder of a run or a recipe")
+    target = rest.pop(0)
+    run_dir = Path(target).absolute() if (Path(target) / "config.toml").is_file() else None
+    if run_dir is None and Path(target).is_dir():
+        raise ValueError(f"TARGET: must be the folder of a run or a recipe, got {target}, a folder without config.toml; to compare models: "
+                         "raylign evaluate RECIPE --policy DIR --baseline DIR")  # fmt: skip
+    program = "raylign evaluate TARGET"
+    parser = _parser(program, "[--policy DIR] [--baseline DIR] [--reward-model DIR] [--out DIR] [--section.field value ...]")
+    for option in ("--policy", "--baseline", "--reward-model"):
+        parser.add_argument(option, default="")
+    parser.add_argument("--out", type=Path)
+    known, overrides = parser.parse_known_args(rest)
+    path = run_dir / "config.toml" if run_dir else recipe_path(target)
+    config = _override(load(path, checked=not overrides), overrides, program)
+    contest = Contest.of(config, run_dir, policy=known.policy, baseline=known.baseline, reward_model=known.reward_model, out=known.out, recipe=path.stem)
+    return Command(name=_EVALUATE, run_dir=run_dir, config=config, contest=contest)
+
+
 def _parser(program: str, usage: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=program, usage=f"{program} {usage}", add_help=False, allow_abbrev=False)
 
@@ -161,6 +192,11 @@ def _carry_out(command: Command, console: Console) -> int:
             from pipeline.replay import replay
 
             return 0 if replay(command.config, _given(command), command.step, console) else 1
+        case "evaluate":
+            from pipeline.contest import hold
+
+            assert command.contest is not None
+            hold(command.config, command.contest, console)
         case _:
             return _run_stages(command, console)
     return 0

@@ -121,16 +121,28 @@ class BatchConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """The comparison on held-out prompts, before the first step and after the last."""
+    """The comparison on held-out prompts: the policy against the model it was aligned from, and against best-of-n sampling from that model."""
 
     prompts: int = Field(default=128, ge=2)
     """Held-out prompts, at most."""
 
-    samples: int = Field(default=1, ge=1)
-    """Samples of each prompt; the confidence interval is over prompts."""
+    samples: int = Field(default=4, ge=1)
+    """Replies of the policy to each prompt; the confidence interval is over prompts."""
+
+    best_of: int = Field(default=16, ge=1)
+    """Largest n of best-of-n sampling: so many replies of the baseline to each prompt. 1 leaves best-of-n out."""
+
+    demonstrations: int = Field(default=1024, ge=0)
+    """Held-out demonstrations whose perplexity is measured, at most."""
 
     shown: int = Field(default=5, ge=0)
-    """Pairs of replies, before and after, to print; all are saved."""
+    """Pairs of replies, of policy and baseline, to print; all are saved."""
+
+    workers: int = Field(default=1, ge=1)
+    """Examiners, each of which loads one model at a time. Their number never changes what is found."""
+
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of each examiner."""
 
 
 class RunConfig(Config):
@@ -281,7 +293,8 @@ def _learner_rules(config: RunConfig) -> None:
             raise ValueError(f"{name}.betas: must be >= 0 and < 1, got {learner.betas}; they are AdamW's decay rates, such as (0.9, 0.95)")
         if learner.ranks > 1 and learner.gpus not in (0, 1):
             raise ValueError(f"{name}.gpus: must be 0 or 1 when there are several ranks, got {learner.gpus:g}; each rank needs a GPU of its own")
-    gpus = {name: learner.gpus for name, learner in learners.items()} | {"rollout": config.rollout.gpus, "reward": config.reward.gpus}
+    gpus = {name: learner.gpus for name, learner in learners.items()}
+    gpus |= {"rollout": config.rollout.gpus, "reward": config.reward.gpus, "evaluation": config.evaluation.gpus}
     for name, count in gpus.items():
         if count > 1:
             raise ValueError(f"{name}.gpus: must be at most 1, got {count:g}; a process computes on one device, so use more ranks or workers")

@@ -1,210 +1,247 @@
-"""How good a policy is on held-out prompts, and whether it is better than before: same prompts, same random numbers.
+"""What an evaluation finds: a policy against a baseline on the same held-out prompts, and against best-of-n from the baseline.
 
-Evaluation uses the pools of the run, outside the ledger: its sample ids lie beyond any the run could issue, so its
-randomness is its own and identical before and after.
+`assess` turns what was measured (`Answers`, rows of numbers) into what is said (`Evaluation`); no model, no Ray.
+The baseline is the model the policy was aligned from, so the KL between the two is the price of the reward.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from actors import ragged
-from actors.experience import Prompts, Rollouts, Scores, TokenLogprobs
-from pipeline.config import RunConfig
+from pipeline.estimates import Floats, Interval, Matched, best_of, best_of_kl, bootstrap, match, prompt_means, ratio, win_rates
 from pipeline.observe.text import distinct_n
-from pipeline.published import PublishedWeights
-from pipeline.roles import Roles, Stage
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-    from ray import ObjectRef
-
-_BEYOND = 1 << 40  # groups that no run ever reaches
-
-
-def heldout_groups(prompts: int, available: int) -> range:
-    """Group ids of `prompts` different held-out prompts out of `available`: the first of a whole pass over them, far beyond the run's own."""
-    first = -(-_BEYOND // available) * available
-    return range(first, first + min(prompts, available))
+NGRAMS = (1, 2, 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """A policy on held-out prompts. R responses, `samples` of them a prompt, in order.
+class Answers:
+    """Replies of one model. P prompts, S samples each, prompt by prompt."""
 
-    kl: nats per response to the reference, nan without one. distinct_2: different word pairs over all word pairs of all responses.
+    texts: list[str]  # (P * S,)
+    tokens: npt.NDArray[np.int64]  # (P, S) length of each reply
+    ended: npt.NDArray[np.bool_]  # (P, S) by itself, not for want of room
+    rewards: Mapping[str, Floats]  # judge -> (P, S), nan where the reward failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Likelihood:
+    """Log-probs of held-out demonstrations under both models, in nats, and how many tokens they have; (D,) each."""
+
+    policy: Floats
+    baseline: Floats
+    tokens: Floats
+    excluded: int  # longer than the models' context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """All that was measured. kl: (P, S) nats of each of the policy's replies, its log-prob when it was sampled minus that under the baseline.
+
+    The baseline may have more samples than the policy: best-of-n needs them, and they sharpen every mean.
     """
 
-    samples: int
-    prompts: list[str]  # (R / samples,)
-    responses: list[str]  # (R,)
-    rewards: npt.NDArray[np.float64]  # (R,), nan where the reward failed
-    kl: float
-    distinct_2: float
-    response_tokens: float
+    prompts: list[str]  # (P,)
+    policy: Answers
+    baseline: Answers
+    kl: Floats
+    likelihood: Likelihood | None  # None: there are no demonstrations
 
-    def to_text(self) -> str:
-        """As JSON, every number to the bit."""
-        return json.dumps(asdict(self) | {"rewards": [_number(reward) for reward in self.rewards.tolist()], "kl": _number(self.kl)})
 
-    @classmethod
-    def from_text(cls, text: str) -> Report:
-        """What `to_text` gave."""
-        record = json.loads(text)
-        rewards = np.array([np.nan if reward is None else reward for reward in record["rewards"]], np.float64)
-        return cls(**record | {"rewards": rewards, "kl": np.nan if record["kl"] is None else record["kl"]})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """Both models by one judge. gain: policy minus baseline, prompt by prompt. win_rate: of the policy's replies over the baseline's, ties half.
+
+    failed: replies without a reward, of all replies of both; they are left out.
+    """
+
+    policy: Interval
+    baseline: Interval
+    gain: Interval
+    win_rate: Interval
+    failed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One model's text. distinct: different word n-grams over all, n = 1, 2, 3, of as many replies of each side. perplexity: nan where not measured."""
+
+    tokens: Interval
+    ended: float
+    distinct: tuple[float, ...]
+    perplexity: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestOf:
+    """Best-of-n from the baseline, n = 1 ... N, picked by one judge. rewards: by each judge, of what that one picks. left_out: prompts not fully scored."""
+
+    judge: str
+    kl: tuple[float, ...]  # nats, of each n
+    rewards: dict[str, tuple[Interval, ...]]
+    matched: dict[str, Matched]
+    left_out: int
 
     @property
-    def prompt_rewards(self) -> npt.NDArray[np.float64]:
-        """Mean reward of each prompt's scored samples, (R / samples,), nan where none was scored."""
-        rewards = self.rewards.reshape(-1, self.samples)
-        scored = ~np.isnan(rewards)
-        sums, counts = np.where(scored, rewards, 0).sum(axis=1), scored.sum(axis=1)
-        means = np.full(sums.shape, np.nan)
-        means[counts > 0] = sums[counts > 0] / counts[counts > 0]
-        return means
+    def shown(self) -> list[int]:
+        """1, 2, 4 ... and N: those that tables show."""
+        largest = len(self.kl)
+        return sorted({*(2**i for i in range(largest.bit_length()) if 2**i <= largest), largest})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval over prompts."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """Before and after on the same prompts. `gain` is the mean difference of rewards, prompt by prompt."""
-
-    before: Report
-    after: Report
-    before_reward: Interval
-    after_reward: Interval
-    gain: Interval
-
-    def record(self, shown: int) -> dict[str, Any]:
-        """What is saved as JSON: the numbers, and the first `shown` replies of each side. JSON knows no nan: what is not there is null."""
-        sides = {
-            name: {
-                "reward": asdict(interval),
-                "kl": _number(report.kl),
-                "distinct_2": report.distinct_2,
-                "response_tokens": report.response_tokens,
-                "rewards": [_number(reward) for reward in report.rewards.tolist()],
-            }
-            for name, report, interval in (("before", self.before, self.before_reward), ("after", self.after, self.after_reward))
-        }
-        return {"prompts": len(self.before.prompts), "gain": asdict(self.gain), **sides, "replies": [asdict(pair) for pair in self.pairs(shown)]}
-
-    def pairs(self, shown: int) -> list[Pair]:
-        """The first sample of the first `shown` prompts, before and after."""
-        step = self.before.samples
-        return [
-            Pair(prompt=prompt, before=self.before.responses[i * step], after=self.after.responses[i * step])
-            for i, prompt in enumerate(self.before.prompts[:shown])
-        ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two replies to one prompt."""
+class Reply:
+    """A prompt, a reply of each model, and their rewards by each judge (policy's, baseline's; nan where it failed)."""
 
     prompt: str
-    before: str
-    after: str
+    policy: str
+    baseline: str
+    rewards: dict[str, tuple[float, float]]
 
 
-def compare(before: Report, after: Report, seed: int) -> Comparison:
-    """Means, differences and their intervals; one prompt counts once however often it was sampled."""
-    assert before.prompts == after.prompts, "before and after must answer the same prompts"
-    old, new = before.prompt_rewards, after.prompt_rewards
-    return Comparison(
-        before=before,
-        after=after,
-        before_reward=bootstrap(old, seed),
-        after_reward=bootstrap(new, seed),
-        gain=bootstrap(new - old, seed),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A policy compared. The first judge is the one that was optimised.
+
+    kl: nats a reply from policy to baseline; kl_per_token: the same a token. tax: perplexity of the policy over that of the baseline.
+    rewards: (judge, side) -> each sample's, a list a prompt.
+    """
+
+    policy: str
+    baseline: str
+    samples: int
+    judges: dict[str, Judged]
+    kl: Interval
+    kl_per_token: Interval
+    sides: dict[str, Side]
+    tax: Interval | None
+    demonstrations: int
+    excluded: int
+    best_of: BestOf | None
+    replies: list[Reply]
+    rewards: dict[str, dict[str, list[list[float]]]] = field(repr=False)
+
+    @property
+    def judge(self) -> str:
+        """The judge that was optimised."""
+        return next(iter(self.judges))
+
+    @property
+    def optimised(self) -> Judged:
+        """What that judge says."""
+        return self.judges[self.judge]
+
+    @property
+    def matched(self) -> Matched | None:
+        """Policy and best-of-n by that judge; None where best-of-n was not sampled."""
+        return self.best_of.matched[self.judge] if self.best_of else None
+
+    def record(self) -> dict[str, Any]:
+        """What is saved as JSON. JSON knows neither nan nor infinity: what is not a number is null."""
+        found: dict[str, Any] = _plain({"prompts": len(self.replies), **asdict(self)})
+        return found
+
+
+def assess(measured: Measured, *, policy: str, baseline: str, best_of_n: int, seed: int) -> Evaluation:
+    """policy, baseline: their names. best_of_n: how many of the baseline's samples best-of-n draws from; 1 leaves it out.
+
+    Raises ValueError when a judge has scored nothing.
+    """
+    ours, theirs, kl, likelihood = measured.policy, measured.baseline, measured.kl, measured.likelihood
+    samples = ours.tokens.shape[1]
+    perplexities = _perplexities(likelihood)
+    return Evaluation(
+        policy=policy,
+        baseline=baseline,
+        samples=samples,
+        judges={name: judged(ours.rewards[name], theirs.rewards[name], seed) for name in ours.rewards},
+        kl=bootstrap(kl.mean(axis=1), seed),
+        kl_per_token=ratio(kl.sum(axis=1), ours.tokens.sum(axis=1).astype(np.float64), seed),
+        sides={"policy": side(ours, samples, perplexities[0], seed), "baseline": side(theirs, samples, perplexities[1], seed)},
+        tax=_tax(likelihood, seed),
+        demonstrations=len(likelihood.tokens) if likelihood else 0,
+        excluded=likelihood.excluded if likelihood else 0,
+        best_of=_best_of(measured, best_of_n, seed) if best_of_n > 1 else None,
+        replies=[_reply(number, prompt, ours, theirs) for number, prompt in enumerate(measured.prompts)],
+        rewards={name: {"policy": ours.rewards[name].tolist(), "baseline": theirs.rewards[name].tolist()} for name in ours.rewards},
     )
 
 
-def bootstrap(values: npt.NDArray[np.float64], seed: int, resamples: int = 10_000) -> Interval:
-    """Percentile bootstrap of the mean, 95 %. values: (n,), one a prompt; nan is left out. Efron & Tibshirani 1993, ch. 13."""
-    values = values[~np.isnan(values)]
-    if values.size == 0:
-        raise ValueError("evaluation: must have at least one scored response, got none; see the reward workers' logs")
-    draws = np.random.Generator(np.random.Philox(seed)).integers(0, values.size, (resamples, values.size))
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
-    return Interval(mean=float(values.mean()), low=float(low), high=float(high))
+def judged(policy: Floats, baseline: Floats, seed: int) -> Judged:
+    """(P, S) and (P, M) rewards of the same prompts. A prompt counts once however often it was sampled; one that has no pair says nothing of the gain."""
+    ours, theirs = prompt_means(policy), prompt_means(baseline)
+    return Judged(
+        policy=bootstrap(ours, seed),
+        baseline=bootstrap(theirs, seed),
+        gain=bootstrap(ours - theirs, seed),
+        win_rate=bootstrap(win_rates(policy, baseline), seed),
+        failed=int(np.isnan(policy).sum() + np.isnan(baseline).sum()),
+    )
 
 
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
+def side(answers: Answers, samples: int, perplexity: float, seed: int) -> Side:
+    """samples: of each prompt whose words are counted, since more text repeats more."""
+    per_prompt = answers.tokens.shape[1]
+    texts = [text for number, text in enumerate(answers.texts) if number % per_prompt < samples]
+    return Side(
+        tokens=bootstrap(answers.tokens.mean(axis=1), seed),
+        ended=float(answers.ended.mean()),
+        distinct=tuple(distinct_n(texts, n) for n in NGRAMS),
+        perplexity=perplexity,
+    )
 
 
-class Evaluator:
-    """Samples and scores the held-out prompts with the run's own pools."""
-
-    def __init__(self, config: RunConfig, roles: Roles, stage: Stage, tokenizer: Any, prompts: Prompts) -> None:
-        """prompts: the held-out ones; see heldout_groups."""
-        self.config = config
-        self.roles = roles
-        self.stage = stage
-        self.tokenizer = tokenizer
-        self.prompts = prompts
-
-    def evaluate(self, weights: PublishedWeights) -> Report:
-        """Responses of these weights to every held-out prompt."""
-        samples = self.config.evaluation.samples
-        per_chunk = max(self.config.rollout.chunk_size // samples, 1)
-        chunks = [self.prompts.slice(start, min(per_chunk, len(self.prompts) - start)).table for start in range(0, len(self.prompts), per_chunk)]
-        rollouts = self._map(self.roles.rollout, "evaluation rollouts", [_generate(chunk, samples, number, weights) for number, chunk in enumerate(chunks)])
-        scores = self._map(self.roles.reward, "evaluation scores", [_score(ref, number) for number, ref in enumerate(rollouts)])
-        reference = (
-            self._map(self.roles.reference, "evaluation reference", [_logprobs(ref, number) for number, ref in enumerate(rollouts)])
-            if self.roles.reference is not None
-            else []
-        )
-        rows, scored, referred = (self.stage.fetch(refs, "evaluation") for refs in (rollouts, scores, reference))
-        return self._report(Rollouts.concat([Rollouts(t) for t in rows]), Scores.concat([Scores(t) for t in scored]), referred)
-
-    def _map(self, pool: Any, phase: str, calls: Sequence[Callable[[Any, int], tuple[ObjectRef, ...]]]) -> list[ObjectRef]:
-        return [data[0] for _, data in self.stage.map(pool, phase, calls)]
-
-    def _report(self, rollouts: Rollouts, scores: Scores, reference: list[Any]) -> Report:
-        tokens, offsets = ragged.flat(rollouts.table["tokens"])
-        acted = ragged.flat(rollouts.table["action_mask"])[0]
-        texts = self.tokenizer.batch_decode([tokens[a:b][acted[a:b]] for a, b in pairwise(offsets)], skip_special_tokens=True)
-        prompts = self.tokenizer.batch_decode(self.prompts.table["tokens"].to_pylist(), skip_special_tokens=True)
-        kl = float("nan")
-        if reference:
-            frozen = ragged.flat(TokenLogprobs.concat([TokenLogprobs(t) for t in reference]).table["logprobs"])[0]
-            kl = float((ragged.flat(rollouts.table["logprobs"])[0] - frozen)[acted].sum() / len(rollouts))
-        return Report(
-            samples=self.config.evaluation.samples,
-            prompts=[prompt.strip() for prompt in prompts],
-            responses=[text.strip() for text in texts],
-            rewards=scores.table["reward"].to_numpy().astype(np.float64),
-            kl=kl,
-            distinct_2=distinct_n(texts, 2),
-            response_tokens=float(acted.sum() / len(rollouts)),
-        )
+def _perplexities(likelihood: Likelihood | None) -> tuple[float, float]:
+    if likelihood is None:
+        return math.nan, math.nan
+    tokens = likelihood.tokens.sum()
+    with np.errstate(over="ignore"):  # of a model that gives a demonstration no chance; infinite is what it is
+        return float(np.exp(-likelihood.policy.sum() / tokens)), float(np.exp(-likelihood.baseline.sum() / tokens))
 
 
-def _generate(prompts: Any, samples: int, number: int, weights: PublishedWeights) -> Callable[[Any, int], tuple[ObjectRef, ...]]:
-    return lambda worker, attempt: tuple(worker.generate.options(num_returns=2).remote(prompts, samples, number, attempt, weights))
+def _tax(likelihood: Likelihood | None, seed: int) -> Interval | None:
+    """Perplexity over perplexity, with demonstrations as the unit."""
+    if likelihood is None:
+        return None
+    nats = ratio(likelihood.baseline - likelihood.policy, likelihood.tokens, seed)
+    with np.errstate(over="ignore"):
+        return Interval(mean=float(np.exp(nats.mean)), low=float(np.exp(nats.low)), high=float(np.exp(nats.high)))
 
 
-def _score(rollouts: ObjectRef, number: int) -> Callable[[Any, int], tuple[ObjectRef, ...]]:
-    return lambda worker, attempt: tuple(worker.score.options(num_returns=2).remote(rollouts, number, attempt))
+def _best_of(measured: Measured, n: int, seed: int) -> BestOf:
+    rewards = measured.policy.rewards
+    judge = next(iter(rewards))
+    pool = {name: theirs[:, :n] for name, theirs in measured.baseline.rewards.items()}
+    curves = {name: best_of(pool[judge], theirs) for name, theirs in pool.items()}
+    kls = measured.kl.mean(axis=1)
+    return BestOf(
+        judge=judge,
+        kl=tuple(best_of_kl(np.arange(1, n + 1)).tolist()),
+        rewards={name: tuple(bootstrap(curve[:, i], seed) for i in range(n)) for name, curve in curves.items()},
+        matched={name: match(prompt_means(rewards[name]), kls, curve, seed) for name, curve in curves.items()},
+        left_out=int(np.isnan(curves[judge]).any(axis=1).sum()),
+    )
 
 
-def _logprobs(rollouts: ObjectRef, number: int) -> Callable[[Any, int], tuple[ObjectRef, ...]]:
-    return lambda worker, attempt: tuple(worker.logprobs.options(num_returns=2).remote(rollouts, number, attempt))
+def _reply(number: int, prompt: str, policy: Answers, baseline: Answers) -> Reply:
+    """The first sample of each."""
+    return Reply(
+        prompt=prompt,
+        policy=policy.texts[number * policy.tokens.shape[1]],
+        baseline=baseline.texts[number * baseline.tokens.shape[1]],
+        rewards={name: (float(policy.rewards[name][number, 0]), float(baseline.rewards[name][number, 0])) for name in policy.rewards},
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

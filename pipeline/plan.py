@@ -12,7 +12,7 @@ from actors.config import Dtype, LearnerConfig
 from cluster.placement import usable_cores
 from pipeline.config import RunConfig, check
 from pipeline.roles import demands, place
-from pipeline.tasks.task import load_task
+from pipeline.tasks.task import task_of
 
 PROCESS_GB = 0.45  # Python, torch, transformers and Ray's worker, measured on Linux without a GPU
 _BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
@@ -33,7 +33,7 @@ def show(config: RunConfig, console: Console) -> None:
     from actors.reward import load_function
 
     check(config)
-    task = load_task(config.task, config.data, config.model.path)
+    task = task_of(config)
     load_function(config.reward.function or task.reward)
     placement = place(config, demands(config))
     shape = _shape(config)

@@ -36,27 +36,44 @@ def asked(config: RunConfig, task: Task, model: str) -> Asked:
     Raises ValueError when the model cannot be read, when it and its tokenizer do not belong together, when there are no prompts, or naming
     the first that is too long.
     """
-    from actors.model import check_model, context_of, load_tokenizer, vocabulary_of
+    tokenizer = _tokenizer(model)
+    return Asked(
+        tokenizer=tokenizer,
+        train=_stream(config, task, model, tokenizer, "train", config.seed),
+        heldout=_stream(config, task, model, tokenizer, "heldout", 0),
+    )
+
+
+def heldout(config: RunConfig, task: Task, model: str) -> tuple[Any, PromptStream]:
+    """Tokenizer and held-out prompts alone, of the same run; for an evaluation. Raises as `asked` does."""
+    tokenizer = _tokenizer(model)
+    return tokenizer, _stream(config, task, model, tokenizer, "heldout", 0)
+
+
+def _tokenizer(model: str) -> Any:
+    from actors.model import check_model, load_tokenizer, vocabulary_of
 
     check_model(model)
-    context, vocabulary, tokenizer = context_of(model), vocabulary_of(model), load_tokenizer(model)
+    vocabulary, tokenizer = vocabulary_of(model), load_tokenizer(model)
     if len(tokenizer) > vocabulary:
         raise ValueError(
             f"model.path: must have at least as many embeddings as its tokenizer has tokens, got {vocabulary} and {len(tokenizer)} in {model!r}; "
             "give it its own tokenizer, or resize its embeddings"
         )
+    return tokenizer
 
-    def stream(split: Split, seed: int) -> PromptStream:
-        return PromptStream(
-            prompts_of(task, split),
-            tokenizer,
-            seed=seed,
-            max_prompt_tokens=config.batch.max_prompt_tokens,
-            context=context,
-            max_new_tokens=config.sampling.max_new_tokens,
-        )
 
-    return Asked(tokenizer=tokenizer, train=stream("train", config.seed), heldout=stream("heldout", 0))
+def _stream(config: RunConfig, task: Task, model: str, tokenizer: Any, split: Split, seed: int) -> PromptStream:
+    from actors.model import context_of
+
+    return PromptStream(
+        prompts_of(task, split),
+        tokenizer,
+        seed=seed,
+        max_prompt_tokens=config.batch.max_prompt_tokens,
+        context=context_of(model),
+        max_new_tokens=config.sampling.max_new_tokens,
+    )
 
 
 def fingerprints(config: RunConfig, task: Task) -> dict[str, str]:

@@ -37,7 +37,7 @@ from pipeline.observe.progress import Progress
 from pipeline.roles import Stage, declare_roles, demands, place
 from pipeline.run import PACKAGES, reward_of
 from pipeline.run_folder import read_history
-from pipeline.tasks.task import load_task
+from pipeline.tasks.task import task_of
 
 ROUNDING = 1e-4  # relative; what another number of ranks or threads may change
 
@@ -131,7 +131,7 @@ def _losses(config: RunConfig, run_dir: Path, step: int, recorded: Mapping[int, 
         progress.stage("start learners", 1)
         placed = session.place(place(config, demands(config)))
         stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
-        roles = declare_roles(config, stage, model, reward_of(config, load_task(config.task, config.data, config.model.path), run_dir))
+        roles = declare_roles(config, stage, model, reward_of(config, task_of(config), run_dir))
         learners = Learners(config, roles, stage)
         try:
             roles.start_gangs()

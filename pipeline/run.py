@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.text import Text
 
 from actors.config import RewardConfig
-from actors.reward import check_classifier, load_function
 from cluster.events import Pump
 from cluster.faults import RunError
 from cluster.placement import RoleDemand
@@ -30,18 +29,20 @@ from pipeline.changes import check_changes
 from pipeline.checkpoint import Checkpoints, Commit
 from pipeline.config import RunConfig, check, save
 from pipeline.data.sources import absolute
+from pipeline.evaluation import Evaluation
 from pipeline.observe.journal import Journal
 from pipeline.observe.progress import Progress
+from pipeline.observe.report import write
 from pipeline.observe.summary import show
 from pipeline.prompts import Asked, asked, check_data, fingerprints
 from pipeline.roles import Stage, demands, place
 from pipeline.run_folder import RunFolder
-from pipeline.stages.evaluate import evaluate
+from pipeline.stages.evaluate import check_judges, evaluate, examiners, judges_of
 from pipeline.stages.finetune import finetune
 from pipeline.stages.preferences import make_comparisons, read_comparisons
 from pipeline.stages.reinforce import reinforce
 from pipeline.stages.reward_model import train_reward_model
-from pipeline.tasks.task import SPLITS, Task, comparisons_of, load_task
+from pipeline.tasks.task import SPLITS, Task, comparisons_of, task_of
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +51,11 @@ PACKAGES = ("cluster", "actors", "pipeline")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a run leaves behind. stages: what each told of itself."""
+    """What a run leaves behind. stages: what each told of itself. evaluation: None where it was not to be done, or was done before."""
 
     run_dir: Path
     stages: dict[StageName, dict[str, Any]]
+    evaluation: Evaluation | None
     seconds: float
 
 
@@ -69,6 +71,7 @@ class Run:
     known: Asked | None  # prompts, if the model was there before anything started
     progress: Progress
     results: dict[StageName, dict[str, Any]] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -139,14 +142,10 @@ def _say(console: Console, line: str) -> None:
 
 def _preflight(config: RunConfig) -> tuple[Task, Asked | None]:
     """The task, and its prompts if the model is there already. Raises ValueError for what cannot work, while nothing is started."""
-    task = load_task(config.task, config.data, config.model.path)
-    if config.reward.model:
-        check_classifier(config.reward.model)
+    task = task_of(config)
     rule = rule_of(config, task)
-    if rule:
-        load_function(rule)
-    elif not (config.reward.model or config.reward_model.epochs):
-        raise ValueError(f"reward: must have a function, a model or a [reward_model] to train, got none, and task {task.name!r} brings none; set reward.function")
+    if not config.reward_model.epochs or rule:
+        check_judges(judges_of(config.reward, rule))
     if config.reward_model.epochs and config.reward_model.pairs == "sampled" and not rule:
         raise ValueError(f'reward_model.pairs: must be "task" when no rule can compare replies, got "sampled" for task {task.name!r}; set reward.function')
     check_data(config, task)
@@ -169,15 +168,15 @@ def _carry_out(
     config: RunConfig, task: Task, known: Asked | None, folder: RunFolder, chain: Chain, commit: Commit | None, console: Console
 ) -> Result:
     started, run_dir = time.monotonic(), folder.path
-    with Journal(run_dir / "log"), Progress(console) as progress, _named(progress):
+    with Journal(run_dir / "log"), Progress(console) as progress, named(progress):
         log.info("epoch %d begins at step %d, process %d", folder.epoch, folder.history[-1].from_step, folder.history[-1].pid)
         current = Run(config=config, task=task, chain=chain, folder=folder, commit=commit, known=known, progress=progress)
         with Session(config.cluster, run_dir / "log", packages=PACKAGES, local_cpus=_cpus(config)) as session:
-            if "rl" in chain.stages:
-                session.preflight(place(config, demands(config)))  # before fine-tuning, not after it
+            for asking in (demands(config), examiners(config)):
+                session.preflight(place(config, asking))  # before fine-tuning, not after it
             for stage in chain.stages:
                 _do(stage, current, session)
-    result = Result(run_dir=run_dir, stages=current.results, seconds=time.monotonic() - started)
+    result = Result(run_dir=run_dir, stages=current.results, evaluation=current.evaluation, seconds=time.monotonic() - started)
     show(result, config, console)
     return result
 
@@ -233,7 +232,13 @@ def _rl(run: Run, session: Session) -> dict[str, Any]:
 
 
 def _evaluate(run: Run, session: Session) -> dict[str, Any]:
-    raise NotImplementedError
+    """The policy against the model it began from, by what it was trained on and by the rule."""
+    config, run_dir = run.config, run.run_dir
+    judges = judges_of(reward_of(config, run.task, run_dir), rule_of(config, run.task))
+    found = evaluate(config, session, run_dir, run.progress, policy=str(run_dir / "policy"), baseline=run.start, judges=judges)
+    write(found, run_dir, run_dir)
+    run.evaluation = found
+    return {"gain": {name: asdict(judged.gain) for name, judged in found.judges.items()}}
 
 
 _STAGES: dict[StageName, Callable[[Run, Session], dict[str, Any]]] = {"sft": _sft, "reward": _reward, "rl": _rl, "evaluate": _evaluate}
@@ -245,7 +250,7 @@ def _told(result: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _named(progress: Progress) -> Iterator[None]:
+def named(progress: Progress) -> Iterator[None]:
     """Whatever goes wrong inside becomes an error that names its phase."""
     try:
         yield
@@ -274,4 +279,4 @@ def _absolute(path: str) -> str:
 def _cpus(config: RunConfig) -> int:
     """Cores that a local Ray must count for every stage to fit."""
     trained = [config.finetune.learner.ranks if config.finetune.epochs else 0, config.reward_model.learner.ranks if config.reward_model.epochs else 0]
-    return max(place(config, demands(config)).cpus, config.cluster.cpus_per_bundle * max(*trained, config.evaluation.workers))
+    return max(place(config, demands(config)).cpus, place(config, examiners(config)).cpus, config.cluster.cpus_per_bundle * max(trained))

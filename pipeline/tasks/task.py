@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from actors.experience import Prompts
 from actors.reward import load_function, user_code
 from pipeline.data.config import DataConfig
 from pipeline.data.problems import DataError
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -108,6 +111,11 @@ def load_task(name: str, data: DataConfig | None = None, model: str = "") -> Tas
         lacking = [member for member in ("name", "reward", "build_tokenizer", "demonstrations", "prompts", "layout") if not hasattr(task, member)]
         raise ValueError(f"task: must make a Task, got {name!r} without {', '.join(lacking)}; see pipeline/tasks/task.py")
     return task
+
+
+def task_of(config: RunConfig) -> Task:
+    """The task of a recipe. Raises as `load_task` does."""
+    return load_task(config.task, config.data, config.model.path)
 
 
 def prompts_of(task: Task, split: Split) -> list[PromptText]:

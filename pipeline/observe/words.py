@@ -1,0 +1,111 @@
+"""An evaluation in rows and sentences, for terminal and report alike: whether the policy is better, at what price, and whether best-of-n would do as well."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.estimates import Interval, Matched
+    from pipeline.evaluation import Evaluation
+
+
+def rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """(what, of the baseline, of the policy), a line each; "" where one of them has none."""
+    lines: list[tuple[str, str, str]] = []
+    for name, judged in evaluation.judges.items():
+        lines.append((f"reward by the {name} (95 % interval)", _signed(judged.baseline), _signed(judged.policy)))
+        lines.append((f"win rate by the {name}, ties half", "", _share(judged.win_rate)))
+        if judged.failed:
+            lines.append((f"replies the {name} could not score, left out", str(judged.failed), ""))
+    lines.append(("KL to the baseline, nats a reply", "0", f"{evaluation.kl.mean:.2f}  ({evaluation.kl.low:.2f} to {evaluation.kl.high:.2f})"))
+    lines.append(("KL to the baseline, nats a token", "0", f"{evaluation.kl_per_token.mean:.3f}"))
+    if evaluation.best_of is not None:
+        for name, found in evaluation.best_of.matched.items():
+            at = f"best-of-{len(evaluation.best_of.kl)}, less KL" if found.is_bound else "best-of-n at that KL"
+            lines.append((f"reward of {at}, by the {name}", _signed(found.reward), ""))
+    base, policy = evaluation.sides["baseline"], evaluation.sides["policy"]
+    if evaluation.tax is not None:
+        lines.append(("perplexity on held-out demonstrations", f"{base.perplexity:.2f}", f"{policy.perplexity:.2f}"))
+    lines += [(f"distinct-{n}", f"{a:.3f}", f"{b:.3f}") for n, (a, b) in enumerate(zip(base.distinct, policy.distinct, strict=True), start=1)]
+    lines.append(("tokens of a reply", f"{base.tokens.mean:.1f}", f"{policy.tokens.mean:.1f}"))
+    lines.append(("replies that end by themselves", f"{base.ended:.1%}", f"{policy.ended:.1%}"))
+    return lines
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """One sentence: better, worse, or not told apart."""
+    gain = evaluation.optimised.gain
+    return f"{_judged(gain, 'The reward rose', 'The reward fell', 'The reward cannot be told from what it was')}: {gain.mean:+.3f} a prompt, {between(gain)}."
+
+
+def price(evaluation: Evaluation) -> str:
+    """What the reward cost: nats, and perplexity on what people wrote."""
+    kl, tax = evaluation.kl, evaluation.tax
+    said = f"The policy is {kl.mean:.2f} nats a reply from the baseline ({kl.low:.2f} to {kl.high:.2f})"
+    if tax is None:
+        return f"{said}."
+    before, after = evaluation.sides["baseline"].perplexity, evaluation.sides["policy"].perplexity
+    change = _judged(_less_one(tax), "rose", "fell", "cannot be told from what it was")
+    return f"{said}; its perplexity on {evaluation.demonstrations} held-out demonstrations {change}: {before:.1f} before, {after:.1f} now, x {tax.mean:.2f}."
+
+
+def yardstick(evaluation: Evaluation) -> str:
+    """The policy against best-of-n at the same KL; plain also where the policy loses. "" where best-of-n was not sampled."""
+    best, found = evaluation.best_of, evaluation.matched
+    if best is None or found is None:
+        return ""
+    from pipeline.estimates import best_of_at
+
+    largest, at_most, top = len(best.kl), best.kl[-1], best.rewards[best.judge][-1]
+    n = best_of_at(evaluation.kl.mean)
+    if not found.is_bound:
+        said = f"Best-of-n from the baseline at the same KL (n about {n:.1f}) has a reward of {found.reward.mean:+.3f}: the policy is {_lead(found)}."
+    elif found.lead.high < 0:
+        said = (
+            f"Best-of-{largest} from the baseline has a reward of {top.mean:+.3f} at only {at_most:.2f} nats: the policy is {_lead(found)}, "
+            f"and n about {_n(n)}, which the policy's KL would buy, can only be better."
+        )
+    else:
+        said = (
+            f"The policy is further from the baseline than best-of-{largest}, which has a reward of {top.mean:+.3f} at {at_most:.2f} nats, where the policy is "
+            f"{_lead(found)}; its KL would buy n about {_n(n)}, which was not sampled: raise evaluation.best_of to compare."
+        )
+    return f"{said} {_same_reward(evaluation, found, largest)}"
+
+
+def between(interval: Interval) -> str:
+    return f"95 % interval {interval.low:+.3f} to {interval.high:+.3f}"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.mean:+.3f}  ({interval.low:+.3f} to {interval.high:+.3f})"
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.mean:.1%}  ({interval.low:.1%} to {interval.high:.1%})"
+
+
+def _same_reward(evaluation: Evaluation, found: Matched, largest: int) -> str:
+    if math.isinf(found.kl.mean):
+        return f"Best-of-{largest} does not reach the policy's reward."
+    return f"The policy's reward costs best-of-n {found.kl.mean:.2f} nats, the policy {evaluation.kl.mean:.2f}."
+
+
+def _lead(found: Matched) -> str:
+    lead = found.lead
+    if lead.low <= 0 <= lead.high:
+        return f"not told apart from it ({lead.mean:+.3f}, {between(lead)})"
+    return f"{abs(lead.mean):.3f} {'above' if lead.mean > 0 else 'below'} it ({between(lead)})"
+
+
+def _judged(interval: Interval, above: str, below: str, neither: str) -> str:
+    return above if interval.low > 0 else below if interval.high < 0 else neither
+
+
+def _less_one(ratio: Interval) -> Interval:
+    return type(ratio)(mean=ratio.mean - 1, low=ratio.low - 1, high=ratio.high - 1)
+
+
+def _n(n: float) -> str:
+    return f"{n:.0f}" if n < 1e4 else f"{n:.0e}"
