@@ -39,7 +39,13 @@ HARMLESS: dict[str, str] = {
             "max_attempts", "max_replacements", "max_rebuilds",
         )
     },
-    **{f"{role}.{key}": _ROUNDING for role in ("policy", "critic", "finetune.learner", "reward_model.learner") for key in ("ranks", "gpus", "zero_stage", "micro_batch_size")},
+    **{
+        f"{learner}.{key}": _ROUNDING
+        for learner in ("policy", "critic", "finetune.learner", "reward_model.learner")
+        for key in ("ranks", "gpus", "zero_stage", "micro_batch_size", "pack_tokens")
+    },
+    "finetune.checkpoint_every": _SAME_BITS,
+    "reward_model.checkpoint_every": _SAME_BITS,
 }  # fmt: skip
 
 

@@ -84,7 +84,10 @@ class RewardModelConfig(Config):
     """Shift and scale the reward so that over the comparisons it has mean 0 and variance 1 (Huang et al. 2023, detail 5)."""
 
     pairs: Literal["task", "sampled"] = "task"
-    """Whose comparisons: the task's own, or of replies that the fine-tuned model samples, judged by the task's reward function."""
+    """Whose comparisons: the task's own, or of replies that the fine-tuned model samples, judged by the task's reward function (or reward.function)."""
+
+    samples: int = Field(default=4, ge=2)
+    """Replies sampled to each prompt, with pairs = "sampled"; ranked all together."""
 
     learner: LearnerConfig = LearnerConfig(learning_rate=1e-4, schedule="cosine", warmup_fraction=0.05)
     """The gang that trains."""

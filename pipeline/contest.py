@@ -95,6 +95,4 @@ def check_models(contest: Contest) -> None:
         check_model(path, f"{role}: must be a folder or hub name of a causal language model")
         vocabularies[role] = load_tokenizer(path).get_vocab()
     if vocabularies["--policy"] != vocabularies["--baseline"]:
-        raise ValueError(
-            f"--policy: must have the tokenizer of --baseline, but those of {contest.policy!r} and {contest.baseline!r} differ"
-        )
+        raise ValueError(f"--policy: must have the tokenizer of --baseline, but those of {contest.policy!r} and {contest.baseline!r} differ")

@@ -164,9 +164,7 @@ def reward_of(config: RunConfig, task: Task, run_dir: Path) -> RewardConfig:
     return config.reward if config.reward.model else config.reward.model_copy(update={"function": rule_of(config, task)})
 
 
-def _carry_out(
-    config: RunConfig, task: Task, known: Asked | None, folder: RunFolder, chain: Chain, commit: Commit | None, console: Console
-) -> Result:
+def _carry_out(config: RunConfig, task: Task, known: Asked | None, folder: RunFolder, chain: Chain, commit: Commit | None, console: Console) -> Result:
     started, run_dir = time.monotonic(), folder.path
     with Journal(run_dir / "log"), Progress(console) as progress, named(progress):
         log.info("epoch %d begins at step %d, process %d", folder.epoch, folder.history[-1].from_step, folder.history[-1].pid)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def show(result: Result, config: RunConfig, console: Console) -> None:
-    """Print the end of a run."""
+    """Print the end of a run, or of the part of it that was asked for."""
+    if result.evaluation is None:
+        console.print(Text(f"done: {', '.join(result.stages)}. {result.seconds:.0f} s in all; everything is in {result.run_dir}"), soft_wrap=True)
+        return
     show_evaluation(result.evaluation, config.evaluation.shown, console)
     console.print(Text(f"{verdict(result.evaluation)} {result.seconds:.0f} s in all."), soft_wrap=True)
     console.print(Text(next_steps(result)), soft_wrap=True)

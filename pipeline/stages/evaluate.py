@@ -33,7 +33,7 @@ from pipeline.observe.progress import Progress
 from pipeline.prompts import heldout
 from pipeline.roles import Stage, place
 from pipeline.stages.examiner import Examiner
-from pipeline.tasks.task import Demonstration, Task, demonstrations_of, encode_demonstration, task_of, permutation
+from pipeline.tasks.task import Demonstration, Task, demonstrations_of, encode_demonstration, permutation, task_of
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -1,6 +1,6 @@
 """Reinforcement learning as a stage: start the actors, let the driver train from the newest commit on, export the policy.
 
-    starting model + reward --Roles--> Driver.run --> policy/
+starting model + reward --Roles--> Driver.run --> policy/
 """
 
 from __future__ import annotations
