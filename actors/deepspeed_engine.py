@@ -43,8 +43,10 @@ class StepReport:
 class DeepSpeedEngine:
     """One rank of a gang that trains `model`. Every method that communicates must be called by all ranks in the same order."""
 
-    def __init__(self, model: nn.Module, config: LearnerConfig, *, rank: int, ranks: int, address: str, port: int, timeout_s: float) -> None:
-        """Join the gang at address:port and shard the model. `timeout_s` bounds every collective, so a stopped peer raises here.
+    def __init__(self, model: nn.Module, config: LearnerConfig, *, rank: int, ranks: int, address: str | None, port: int, timeout_s: float) -> None:
+        """Join the gang at address:port, or the one this process is in already, and shard the model.
+
+        address: None where somebody else, such as Ray Train, has made the process group. timeout_s: bounds every collective, so a stopped peer raises here.
 
         Raises AssertionError when DeepSpeed came up with other settings than asked for.
         """
@@ -184,11 +186,18 @@ def _import_deepspeed(compute: Compute) -> Any:
     return deepspeed
 
 
-def _join(deepspeed: Any, compute: Compute, rank: int, ranks: int, address: str, port: int, timeout: timedelta) -> None:
-    if deepspeed.comm.is_initialized():  # a second model in a process that already belongs to a gang
-        assert (deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()) == (rank, ranks), "one process belongs to one gang"
-        return
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0")
+def _join(deepspeed: Any, compute: Compute, rank: int, ranks: int, address: str | None, port: int, timeout: timedelta) -> None:
+    """Make the gang's process group, or take over the one this process is in: an earlier model's, or whoever's that started the process."""
+    os.environ["LOCAL_RANK"] = "0"  # a process sees the one device that is its own, also where Ray Train counts them otherwise
+    if torch.distributed.is_initialized():
+        found = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        assert found == (rank, ranks), f"one process belongs to one gang: it is rank {found[0]} of {found[1]}, told to be {rank} of {ranks}"
+        backend = str(torch.distributed.get_backend())
+        assert compute.backend in backend, f"the process group must run on {compute.backend}, got {backend}"
+    else:
+        assert address is not None, "connect() needs an address where no process group exists"
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+    # With a group there, this only gives DeepSpeed its handle on it.
     deepspeed.init_distributed(compute.backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 

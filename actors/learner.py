@@ -131,8 +131,8 @@ class Learner:
         self._seed = seed
         self._timeout_s = timeout_s
 
-    def connect(self, address: str, port: int) -> LearnerReady:
-        """Load the model and join the other ranks at address:port, where rank 0 listens."""
+    def connect(self, address: str | None = None, port: int = 0) -> LearnerReady:
+        """Load the model and join the other ranks at address:port, where rank 0 listens; without an address, those this process has already met."""
         torch.manual_seed(self._seed)
         compute = assigned_compute(self.config.gpus)
         heads_only = self.config.trainable == "heads"

@@ -16,7 +16,21 @@ import torch
 
 from actors.config import LearnerConfig
 from actors.deepspeed_engine import _assert_settings
-from learner_helpers import POISON, Gang, Learner, gang_of, make_experience, make_learner, pair, plan, replace, save_tiny_model, train_on, weights_of
+from learner_helpers import (
+    POISON,
+    Gang,
+    Learner,
+    PolicyGradient,
+    gang_of,
+    make_experience,
+    make_learner,
+    pair,
+    plan,
+    replace,
+    save_tiny_model,
+    train_on,
+    weights_of,
+)
 
 STAGES = (0, 1, 2, 3)
 DTYPES = ("float32", "bfloat16")
@@ -155,3 +169,30 @@ def deadlines(rank: int, ranks: int, port: int, path: str) -> list[float]:
 
     make_learner(path, config(zero_stage=3), rank=rank, ranks=ranks, port=port, timeout_s=17.0)
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in c10d._world.pg_map]
+
+
+def test_a_process_group_that_exists_is_taken_over(path: str) -> None:
+    with gang_of(1) as gang:
+        wrong, updates, timeouts = gang.run(take_over, path)[0]
+    assert wrong == "one process belongs to one gang: it is rank 0 of 1, told to be 1 of 2"
+    assert updates == 1
+    assert set(timeouts) == {17.0}, "also of the group that was there before, made with torch's 30 minutes"
+
+
+def take_over(rank: int, ranks: int, port: int, path: str) -> tuple[str, int, list[float]]:
+    """As in a worker of Ray Train: somebody else has made the group, and `connect` is given no address."""
+    from torch.distributed import distributed_c10d as c10d
+
+    def learner(rank: int, ranks: int) -> Learner:
+        return Learner(
+            role="policy", rank=rank, ranks=ranks, path=path, config=config(zero_stage=2), temperature=1.0,
+            objective=PolicyGradient(), total_updates=1, seed=0, timeout_s=17.0,
+        )  # fmt: skip
+
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    with pytest.raises(AssertionError) as wrong:
+        learner(1, 2).connect()
+    ours = learner(rank, ranks)
+    ours.connect()
+    report = ours.update(make_experience(4), plan(epochs=1, minibatches=1))
+    return str(wrong.value), report.updates, [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in c10d._world.pg_map]
