@@ -28,9 +28,10 @@ from actors.config import Dtype, LearnerConfig
 from actors.deepspeed_engine import DeepSpeedEngine, StepReport
 from actors.device import assigned_compute, torch_dtype
 from actors.experience import Experience, Rollouts, TokenLogprobs, TokenValues
-from actors.micro_batches import Batch, Rows, deal, in_row_order, minibatches
+from actors.micro_batches import Batch, Rows, Share, in_row_order, minibatches, share_out
 from actors.model import Entropy, PolicyModel, TokenInputs, ValueModel, load_causal_lm, load_tokenizer, save_causal_lm
 from actors.objective import ActionTokens, PolicyObjective, ValueObjective
+from actors.packing import check_packing
 from actors.schedule import learning_rate
 from actors.shards import open_shards, write_shard
 from actors.tally import Tally
@@ -144,6 +145,9 @@ class Learner:
         if heads_only:
             self._model.requires_grad_(False)
             self._model.head.requires_grad_(True)
+        if self.config.pack_tokens:
+            check_packing(causal_lm, self._path)
+        self._context = int(causal_lm.config.max_position_embeddings)
         checksum = fingerprint(self._model)
         self._model.to(compute.device)
         parameters = list(self._model.parameters())
@@ -152,7 +156,7 @@ class Learner:
             trainable=sum(p.numel() for p in parameters if p.requires_grad),
             device=str(compute.device),
             dtype=self.config.dtype,
-            context=int(causal_lm.config.max_position_embeddings),
+            context=self._context,
             checksum=checksum,
         )
         self._engine = DeepSpeedEngine(self._model, self.config, rank=self.rank, ranks=self.ranks, address=address, port=port, timeout_s=self._timeout_s)
@@ -167,11 +171,11 @@ class Learner:
         micro = self._share(np.arange(len(batch)), batch)
         parts = []
         with torch.no_grad():
-            for rows in micro:
-                values = self._forward(batch.inputs(rows if len(rows) else _filler(batch)), "none")[0]
-                if len(rows):
-                    parts.append(batch.aligned(rows, values))
-        own, column = in_row_order([rows for rows in micro if len(rows)], parts)
+            for share in micro:
+                values = self._forward(batch.inputs(*_filled(share, batch)), "none")[0]
+                if len(share.rows):
+                    parts.append(batch.aligned(share.rows, values))
+        own, column = in_row_order([share.rows for share in micro if len(share.rows)], parts)
         total = torch.tensor([sum(float(v.sum(dtype=np.float64)) for v, _ in parts)], dtype=torch.float64, device=self._device)
         tokens = int(batch.action_offsets[-1])
         mean = float(self._engine.gather(total).sum()) / max(tokens, 1)
@@ -243,8 +247,9 @@ class Learner:
         """What rollout workers know the parameters of: the causal LM itself, without this floor's wrapper."""
         return self._model.causal_lm if isinstance(self._model, PolicyModel) else self._model
 
-    def _share(self, rows: Rows, batch: Batch) -> list[Rows]:
-        return deal(rows, batch.lengths, ranks=self.ranks, micro_batch_size=self.config.micro_batch_size)[self.rank]
+    def _share(self, rows: Rows, batch: Batch) -> list[Share]:
+        size, capacity = self.config.micro_batch_size, min(self.config.pack_tokens, self._context)
+        return share_out(rows, batch.lengths, ranks=self.ranks, micro_batch_size=size, pack_tokens=capacity)[self.rank]
 
     def _forward(self, inputs: TokenInputs, entropy: Entropy) -> tuple[Tensor, Tensor]:
         """(log-probs or values (N,), entropy (N,)); the entropy is empty where nobody asked for it."""
@@ -258,9 +263,10 @@ class Learner:
         entropy_wanted: Entropy = "gradient" if plan.entropy_gradient else "value"
         whole = _whole(plan, batch.action_counts(minibatch))
         micro = self._share(minibatch, batch)
-        for i, rows in enumerate(micro):
-            inputs, actions = batch.micro_batch(rows if len(rows) else _filler(batch))
-            new, entropy = self._forward(inputs, entropy_wanted)
+        for i, share in enumerate(micro):
+            rows, filled = share.rows, _filled(share, batch)
+            actions = batch.actions(filled.rows)
+            new, entropy = self._forward(batch.inputs(*filled), entropy_wanted)
             loss, statistics = self._loss(new, entropy, actions)
             weights = torch.full_like(loss, 1 / max(whole, 1))
             if plan.aggregation == "sequence_mean":
@@ -284,6 +290,6 @@ def _whole(plan: UpdatePlan, counts: npt.NDArray[np.int64]) -> int:
     return {"token_mean": int(counts.sum()), "sequence_mean": len(counts), "constant": len(counts) * plan.constant}[plan.aggregation]
 
 
-def _filler(batch: Batch) -> Rows:
-    """The shortest row, for a rank that has run out of rows while others have not."""
-    return np.asarray([int(batch.lengths.argmin())])
+def _filled(share: Share, batch: Batch) -> Share:
+    """The micro-batch itself, or the shortest row for a rank that has run out of rows while others have not."""
+    return share if len(share.rows) else Share(np.asarray([int(batch.lengths.argmin())]))

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, N chosen positions over the whole micro-batch, D width, V vocabulary.
 Rows are right-padded, so causal attention keeps real tokens from ever seeing padding and no mask is needed.
 Only action tokens go through the output head: there is no loss at a prompt or padding token that a mask would
-have to remove, hence no NaN * 0.
+have to remove, hence no NaN * 0. Where sequences share a line, a mask keeps them apart (`packing.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from actors.packing import block_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +37,8 @@ class TokenInputs:
     input_ids: Tensor  # (B, T) int64, right-padded
     states: Tensor  # (N,) int64 into B * T
     targets: Tensor  # (N,) int64
+    position_ids: Tensor | None = None  # (B, T) int64, and segments likewise: only where several sequences share a line; see `packing.Grid`
+    segments: Tensor | None = None
 
 
 def check_model(path: str, rule: str = "model.path: must be a folder or hub name of a causal language model") -> None:
@@ -142,7 +146,7 @@ class PolicyModel(nn.Module):
 
         entropy: "none", and it comes back empty; "value", without a gradient, which costs no memory; or with its "gradient", for a bonus in the loss.
         """
-        logits = self.head(trunk_states(self.causal_lm, batch)).float()  # (N, V)
+        logits = self.head(trunk_states(self.causal_lm.base_model, batch)).float()  # (N, V)
         if self.temperature not in (0.0, 1.0):
             logits = logits / self.temperature
         log_z = torch.logsumexp(logits, dim=-1)  # (N,)
@@ -175,13 +179,13 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: TokenInputs) -> Tensor:
         """Values of the states in which the targets were chosen, (N,) float32."""
-        hidden = self.trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-        return self.value_head(hidden.reshape(-1, hidden.shape[-1])[batch.states]).squeeze(-1).float()  # type: ignore[no-any-return]
+        return self.value_head(trunk_states(self.trunk, batch)).squeeze(-1).float()  # type: ignore[no-any-return]
 
 
-def trunk_states(causal_lm: PreTrainedModel, batch: TokenInputs) -> Tensor:
+def trunk_states(trunk: nn.Module, batch: TokenInputs) -> Tensor:
     """Final hidden states at the chosen positions, (N, D)."""
-    hidden = causal_lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+    packed = {} if batch.segments is None else {"position_ids": batch.position_ids, "attention_mask": block_causal(batch.segments)}
+    hidden = trunk(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state  # (B, T, D)
     return hidden.reshape(-1, hidden.shape[-1])[batch.states]  # type: ignore[no-any-return]
 
 

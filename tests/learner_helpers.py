@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from actors.config import LearnerConfig
+from actors.deepspeed_engine import _import_deepspeed
+from actors.device import assigned_compute
 from actors.experience import Experience
 from actors.learner import Learner, UpdatePlan, UpdateReport
 from actors.objective import ActionTokens
@@ -158,7 +160,7 @@ class Gang:
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 180.0) -> list[Any]:
         """What every rank returned. A rank's exception is raised here; no answer in time is an AssertionError."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
@@ -189,7 +191,13 @@ def gang_of(ranks: int) -> Iterator[Gang]:
 @functools.cache
 def pair() -> Gang:
     """Two ranks that serve every test of the session: processes are daemons, and end with it."""
-    return Gang(2)
+    gang = Gang(2)
+    gang.run(_awake, timeout_s=240.0)  # what two processes import takes long on a busy machine, and is no test's to wait for
+    return gang
+
+
+def _awake(rank: int, ranks: int, port: int) -> None:
+    _import_deepspeed(assigned_compute(0))
 
 
 @dataclass(frozen=True)
