@@ -56,7 +56,10 @@ class RewardConfig(Config):
     """Reward function as `package.module:name`, called as f(prompts, responses, metadata) -> one number each."""
 
     model: str = ""
-    """Folder or hub name of a Hugging Face sequence classifier with one output; its logit is the reward."""
+    """Folder or hub name of a Hugging Face sequence classifier; the logit of its one output is the reward."""
+
+    label: int | None = Field(default=None, ge=0)
+    """Of a classifier with several outputs, the number of the one whose logit is the reward."""
 
     workers: int = Field(default=1, ge=1)
     """Reward actors."""

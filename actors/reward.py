@@ -142,13 +142,15 @@ class ClassifierReward:
     The text is prompt + response; one that is too long loses its beginning, for the end is what is judged.
     """
 
-    def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
-        """Raises ValueError naming the path when it holds no classifier with one label, or no tokenizer that can pad."""
+    def __init__(self, path: str, device: torch.device | str = "cpu", label: int | None = None) -> None:
+        """label: of the output that is the reward, where there are several. Raises ValueError naming the path when it holds no such classifier, or no
+        tokenizer that can pad."""
         import torch
         from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification
 
-        self.tokenizer = check_classifier(path)
+        self.tokenizer = check_classifier(path, label)
+        self._label = label or 0
         try:
             model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -164,8 +166,8 @@ class ClassifierReward:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=limit is not None, max_length=limit).to(self.model.device)
         with torch.inference_mode():
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, 1)
-        return [float(logit) for logit in logits[:, 0]]
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, labels)
+        return [float(logit) for logit in logits[:, self._label]]
 
 
 def flat_groups(groups: Sequence[int], rewards: Sequence[float]) -> tuple[int, ...]:
@@ -184,7 +186,7 @@ def load_reward(config: RewardConfig) -> RewardFunction:
     if config.model:
         from actors.device import assigned_compute
 
-        return ClassifierReward(config.model, device=assigned_compute(config.gpus).device)
+        return ClassifierReward(config.model, device=assigned_compute(config.gpus).device, label=config.label)
     return load_function(config.function)
 
 
@@ -229,7 +231,7 @@ def what_went_wrong(error: BaseException) -> str:
     return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
-def check_classifier(path: str) -> Any:
+def check_classifier(path: str, label: int | None = None) -> Any:
     """The tokenizer of a classifier. Raises ValueError for what is wrong with the classifier and can be seen before its weights are loaded."""
     from transformers import AutoConfig
 
@@ -241,8 +243,11 @@ def check_classifier(path: str) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{_CLASSIFIER}, got {path!r}: {str(error).strip().splitlines()[0]}") from error
-    if config.num_labels != 1:
-        raise ValueError(f"reward.model: must have one output, got {config.num_labels} labels in {path!r}; train it with num_labels=1")
+    if label is None and config.num_labels != 1:
+        names = ", ".join(f"{number} {name}" for number, name in sorted(config.id2label.items()))
+        raise ValueError(f"reward.model: must have one output, got {config.num_labels} labels in {path!r} ({names}); choose one by reward.label")
+    if label is not None and label >= config.num_labels:
+        raise ValueError(f"reward.label: must be below the number of outputs of {path!r}, {config.num_labels}, got {label}")
     return _classifier_tokenizer(path)
 
 

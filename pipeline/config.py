@@ -185,7 +185,7 @@ class RunConfig(Config):
 
 def check(config: RunConfig) -> RunConfig:
     """The configuration, if its fields go together. Raises ValueError for a combination that no single field can judge."""
-    for rule in (_number_rules, _data_rules, _batch_rules, _algorithm_rules, _sampling_rules, _model_rules, _learner_rules):
+    for rule in (_number_rules, _data_rules, _reward_rules, _batch_rules, _algorithm_rules, _sampling_rules, _model_rules, _learner_rules):
         rule(config)
     return config
 
@@ -217,8 +217,11 @@ def _data_rules(config: RunConfig) -> None:
         return
     if not sources:
         raise ValueError("data: must name at least one source when task is files, got none; give data.comparisons, data.demonstrations or data.prompts")
-    if not (config.reward.function or config.reward.model):
-        raise ValueError("reward: must have a function or a model when task is files, got neither; files say nothing of how a new reply is judged")
+    if not (config.reward.function or config.reward.model or config.reward_model.epochs):
+        raise ValueError(
+            "reward: must have a function or a model when task is files, or [reward_model] epochs to train one, got none; "
+            "files say nothing of how a new reply is judged"
+        )
     if config.finetune.epochs and not (data.comparisons or data.demonstrations):
         raise ValueError("data.demonstrations: must be given to fine-tune, got prompts alone; give it or data.comparisons, or set finetune.epochs to 0")
     if template.kind == "plain" and data.format in ("transcript", "messages"):
@@ -228,6 +231,20 @@ def _data_rules(config: RunConfig) -> None:
     names = [getattr(data.columns, name) for name in type(data.columns).model_fields]
     if "" in names or len(set(names)) < len(names):
         raise ValueError(f"data.columns: must be different names, none empty, got {names}; two columns cannot have one name")
+
+
+def _reward_rules(config: RunConfig) -> None:
+    reward, trained = config.reward, config.reward_model
+    if reward.function and reward.model:
+        raise ValueError(f"reward: must have a function or a model, got both ({reward.function!r}, {reward.model!r}); remove one")
+    if reward.model and trained.epochs:
+        raise ValueError(f"reward.model: must be left out when reward_model.epochs is {trained.epochs}, got {reward.model!r}; a run has one reward model")
+    if reward.label is not None and not reward.model:
+        raise ValueError(f"reward.label: must be left out without reward.model, got {reward.label}; it is the number of one of that model's outputs")
+    if trained.epochs and trained.pairs == "task" and config.task == "files" and not config.data.comparisons:
+        raise ValueError(
+            "data.comparisons: must be given to train a reward model, got none; give it, or sample pairs with reward_model.pairs and reward.function"
+        )
 
 
 def _batch_rules(config: RunConfig) -> None:
@@ -240,8 +257,6 @@ def _batch_rules(config: RunConfig) -> None:
         raise ValueError(f"batch.group_size: must be >= 2 when batch.dynamic_sampling is true, got {batch.group_size}; one sample has no variance")
     if config.rollout.chunk_size < batch.group_size:
         raise ValueError(f"rollout.chunk_size: must be >= batch.group_size = {batch.group_size}, got {config.rollout.chunk_size}; a group is never split")
-    if config.reward.function and config.reward.model:
-        raise ValueError(f"reward: must have a function or a model, got both ({config.reward.function!r}, {config.reward.model!r}); remove one")
 
 
 def _algorithm_rules(config: RunConfig) -> None:

@@ -20,6 +20,9 @@ class ColumnsConfig(Config):
     response: str = "response"
     """How the prompt was answered; of demonstrations."""
 
+    text: str = "text"
+    """Running text, of which the first data.prompt_words words are the prompt and the rest the response; in place of both."""
+
     messages: str = "messages"
     """A whole conversation as a list of {role, content}, its last message the response; of demonstrations in place of prompt and response."""
 
@@ -75,6 +78,9 @@ class DataConfig(Config):
 
     columns: ColumnsConfig = ColumnsConfig()
     template: TemplateConfig = TemplateConfig()
+
+    prompt_words: int = Field(default=8, ge=1)
+    """Words of a running text that are its prompt."""
 
     heldout: float = Field(default=0.1, gt=0, lt=1)
     """Share of the conversations that is held out, by a hash of their first turn: all that begins alike is on one side."""

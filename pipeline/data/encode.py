@@ -30,7 +30,8 @@ from pipeline.data.problems import DataError
 from pipeline.tasks.task import Comparison, Demonstration, Split, Task, comparisons_of, demonstrations_of, shorter_of
 
 VERSION = 1  # of what is computed here: a change of the code that changes tables must change it
-BLOCK_BYTES = 8_000_000  # of text that one Ray task takes; small data are one task, since each takes seconds to start
+BLOCK_BYTES = 8_000_000  # of text that one Ray task takes, since each takes seconds to start
+HERE_BYTES = 500_000  # of text that is tokenised before the first Ray task would have started, so it is done without one
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 What = Literal["demonstrations", "comparisons"]
@@ -105,7 +106,8 @@ def _encode(what: What, texts: pa.Table, shortens: bool, tokenizer_path: str, co
     name = content_hash(texts, _tokenizer_text(tokenizer_path), what, context, shortens, VERSION)
     if (found := kept.find(name)) is None:
         encode = partial(encode_block, comparisons=what == "comparisons", tokenizer_path=tokenizer_path, context=context, shortens=shortens)
-        blocks = [block for block in _on_ray_data(texts, encode) if block.num_rows]
+        texts = texts.append_column("number", pa.array(range(texts.num_rows), pa.int64()))
+        blocks = [block for block in (_on_ray_data(texts, encode) if texts.nbytes > HERE_BYTES else [encode(texts)]) if block.num_rows]
         if not blocks:
             raise DataError(f"model.context: must hold at least one of the {what}, got {context} tokens, and none of {texts.num_rows} fits; raise it")
         found = kept.keep(name, *_gathered(pa.concat_tables(blocks), texts.num_rows))
@@ -115,12 +117,11 @@ def _encode(what: What, texts: pa.Table, shortens: bool, tokenizer_path: str, co
 
 
 def _on_ray_data(texts: pa.Table, encode: Callable[[pa.Table], pa.Table]) -> list[pa.Table]:
-    """Blocks of texts, their rows numbered, to blocks of tokens, in order."""
+    """Numbered texts to blocks of tokens, in order."""
     import ray
     import ray.data
 
     _quieten()
-    texts = texts.append_column("number", pa.array(range(texts.num_rows), pa.int64()))
     blocks = max(1, min(texts.num_rows, -(-texts.nbytes // BLOCK_BYTES)))
     bounds = np.linspace(0, texts.num_rows, blocks + 1).astype(int).tolist()
     context = ray.data.DataContext.get_current().copy()

@@ -7,6 +7,7 @@ whole conversation that ends with it; where several are compared, what they shar
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,13 +40,13 @@ def wanted(kind: Kind, columns: ColumnsConfig) -> list[tuple[str, ...]]:
     pairs: list[tuple[str, ...]] = [(columns.chosen, columns.rejected), (columns.ranking,)]
     if kind == "comparisons":
         return pairs
-    replies: list[tuple[str, ...]] = [(columns.response,), (columns.messages,), (columns.chosen,)]
+    replies: list[tuple[str, ...]] = [(columns.response,), (columns.messages,), (columns.chosen,), (columns.text,)]
     return replies if kind == "demonstrations" else [(columns.prompt,), *replies]
 
 
 def form_of(rows: Iterable[Row], kind: Kind, columns: ColumnsConfig) -> Form:
     """The form that most of the rows have."""
-    names = (columns.prompt, columns.response, columns.messages, columns.chosen, columns.ranking)
+    names = (columns.prompt, columns.response, columns.messages, columns.chosen, columns.ranking, columns.text)
     found = Counter(_form([row.values[name] for name in names if row.values.get(name) is not None], columns) for row in rows)
     return max(found, key=lambda form: found[form]) if found else "columns"
 
@@ -86,6 +87,8 @@ class _Reader:
         columns = self.data.columns
         if self._has(columns.messages):
             prompt, reply = answered(self._joined(self._whole(columns.messages)))
+        elif self._has(columns.text) and not (self._has(columns.response) or self._has(columns.chosen)):
+            prompt, reply = self._divided(self._value(columns.text))
         else:
             name = columns.chosen if self._has(columns.chosen) and not self._has(columns.response) else columns.response
             prompt, reply = answered(self._conversation(self._before(), self._value(name)))
@@ -101,7 +104,7 @@ class _Reader:
         if self._has(columns.messages):
             turns = self._joined(self._whole(columns.messages))
             return (turns if turns and turns[-1].role == "user" else answered(turns)[0]), ()
-        if self._has(columns.response) or self._has(columns.chosen):
+        if self._has(columns.response) or self._has(columns.chosen) or self._has(columns.text):
             return self.demonstration()[0], ()
         self._value(columns.prompt)  # which is not there
         raise AssertionError
@@ -122,6 +125,16 @@ class _Reader:
         value = self._value(name)
         turns = self._turns(name, value, "user")
         return asking(self._joined(turns)) if turns else ()
+
+    def _divided(self, text: Any) -> tuple[Turns, str]:
+        """Running text after its first words; what is between them and the rest begins the reply, as everywhere."""
+        name, words = self.data.columns.text, self.data.prompt_words
+        if not isinstance(text, str):
+            raise RowError("not text", f"column {name!r} is a {type(text).__name__}")
+        head = re.match(rf"\s*\S+(?:\s+\S+){{{words - 1}}}", self._limited(name, text))
+        if head is None:
+            raise RowError("empty reply", f"column {name!r} has no more than {words} words")
+        return (Turn("user", head.group().lstrip()),), text[head.end() :]
 
     def _whole(self, name: str) -> Turns:
         value = self._value(name)

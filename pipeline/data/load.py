@@ -31,7 +31,7 @@ class Loaded:
 def load(kind: Kind, source: str, data: DataConfig) -> Loaded:
     """Read and check a source. Raises DataError when it cannot be read, has no usable row, or more faulty ones than data.max_excluded."""
     columns = data.columns
-    names = (columns.prompt, columns.response, columns.messages, columns.chosen, columns.rejected, columns.ranking, columns.margin)
+    names = (columns.prompt, columns.response, columns.messages, columns.chosen, columns.rejected, columns.ranking, columns.margin, columns.text)
     files = find(source, f"data.{kind}")
     found = chain.from_iterable(read(file, wanted(kind, columns), names, data.max_rows) for file in files)
     first = list(islice(found, LOOK))

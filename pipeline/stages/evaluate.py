@@ -65,7 +65,7 @@ def check_judges(judges: Mapping[str, RewardConfig]) -> None:
         raise ValueError("reward: must name a function or a model where the task brings no reward function, got neither; set reward.function or reward.model")
     for judge in judges.values():
         if judge.model:
-            check_classifier(judge.model)
+            check_classifier(judge.model, judge.label)
         else:
             load_function(judge.function)
 

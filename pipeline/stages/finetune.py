@@ -18,13 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from actors import ragged
-from actors.experience import Experience, Rollouts
+from actors.experience import Experience
 from cluster.session import Session
 from pipeline.config import ModelConfig, RunConfig
+from pipeline.data.encode import encode_demonstrations
 from pipeline.observe.progress import Progress
-from pipeline.stages.loop import HELDOUT, MAX_LOSS, TRAIN, Job, Measured, Prepared
+from pipeline.stages.loop import MAX_LOSS, Job, Measured
+from pipeline.stages.tables import Tables, cache_of, context_limit, told
 from pipeline.stages.trainer import fit
-from pipeline.tasks.task import SPLITS, demonstrations_of, encode_demonstration, load_task
+from pipeline.tasks.task import SPLITS, Task, task_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,13 +67,25 @@ def finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progr
 
     Raises RunError; called again, it goes on from the last checkpoint.
     """
-    folder, chosen = run_dir / "finetuned", config.finetune
+    folder, chosen, task = run_dir / "finetuned", config.finetune, task_of(config)
+    progress.stage("read demonstrations", 1)
+    start = config.model.path or _new_tokenizer(task, config.model, run_dir / "start")
+    context = context_limit(config)
+    tables = {split: encode_demonstrations(task, split, start, context, cache_of(run_dir)) for split in SPLITS}
     job = Job(
         name="sft",
         title="fine-tune",
         section="finetune",
         role="policy",
-        prepare=PrepareDemonstrations(task=config.task, model=config.model, seed=config.seed),
+        prepare=Tables(
+            train=tables["train"].path,
+            heldout=tables["heldout"].path,
+            is_rollouts=True,
+            start=start,
+            new=None if config.model.path else config.model,
+            seed=config.seed,
+            remark=told(tables, "demonstrations", context),
+        ),
         learner=chosen.learner,
         objective=Imitation(),
         measure=Perplexity(),
@@ -87,38 +101,12 @@ def finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progr
     return Finetuned(folder=folder, perplexity_before=before, perplexity=best)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareDemonstrations:
-    """Writes a new model if the recipe names none, and the task's demonstrations in tokens: Experience to train on, held-out Rollouts."""
-
-    task: str
-    model: ModelConfig
-    seed: int
-
-    def __call__(self, folder: Path) -> Prepared:
-        from actors.model import context_of, load_tokenizer, new_gpt2
-
-        task, model = load_task(self.task), self.model
-        start = model.path or str(folder / "model")
-        if not model.path:
-            Path(start).mkdir(parents=True, exist_ok=True)
-            task.build_tokenizer(Path(start), model.vocabulary)
-        tokenizer = load_tokenizer(start)
-        if not model.path:
-            shape = {"layers": model.layers, "width": model.width, "heads": model.heads, "context": model.context}
-            new_gpt2(tokenizer, **shape, seed=self.seed).save_pretrained(start)
-        encoded = {split: [encode_demonstration(d, tokenizer) for d in demonstrations_of(task, split)] for split in SPLITS}
-        context = context_of(start)
-        fitting = {split: [(p, r) for p, r in pairs if len(p) + len(r) <= context] for split, pairs in encoded.items()}
-        for split, pairs in fitting.items():
-            if not pairs:
-                raise ValueError(f"task: must have {split} demonstrations that fit the model's context of {context} tokens, got none of {len(encoded[split])}")
-        demonstrated(fitting["train"]).write(folder / TRAIN)
-        Rollouts(demonstrated(fitting["heldout"]).table.select(Rollouts.schema.names).cast(Rollouts.schema)).write(folder / HELDOUT)
-        everything = sum(len(pairs) for pairs in encoded.values())
-        excluded = everything - sum(len(pairs) for pairs in fitting.values())
-        remark = f"{excluded} of {everything} demonstrations are longer than the model's context and left out" if excluded else ""
-        return Prepared(train=len(fitting["train"]), heldout=len(fitting["heldout"]), model=start, excluded=excluded, remark=remark)
+def _new_tokenizer(task: Task, model: ModelConfig, folder: Path) -> str:
+    """The tokenizer of a model that is still to be made; the same again where there is one."""
+    if not (folder / "tokenizer_config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        task.build_tokenizer(folder, model.vocabulary)
+    return str(folder.absolute())
 
 
 def demonstrated(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Experience:
