@@ -21,6 +21,7 @@ from cluster.config import ClusterConfig, Config
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.registry import AnyAlgorithm
 from pipeline.algorithms.shaping import ShapingConfig
+from pipeline.data.config import DataConfig
 
 
 class ModelConfig(Config):
@@ -136,7 +137,7 @@ class RunConfig(Config):
     """Everything a run depends on."""
 
     task: str
-    """Where prompts and rewards come from: `smalltalk`, `walks`, or your own as `package.module:name`."""
+    """Where prompts and rewards come from: `smalltalk`, `walks`, `files` (see data), or your own as `package.module:name`."""
 
     steps: int = Field(ge=1)
     """Steps of reinforcement learning; each ends in one new version of the policy."""
@@ -150,6 +151,7 @@ class RunConfig(Config):
     keep_commits: int = Field(default=2, ge=2)
     """Commits that are kept; older ones are removed once a new one is on the disk. At least two, so that a damaged one is not the only one."""
 
+    data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
@@ -168,7 +170,7 @@ class RunConfig(Config):
 
 def check(config: RunConfig) -> RunConfig:
     """The configuration, if its fields go together. Raises ValueError for a combination that no single field can judge."""
-    for rule in (_number_rules, _batch_rules, _algorithm_rules, _sampling_rules, _model_rules, _learner_rules):
+    for rule in (_number_rules, _data_rules, _batch_rules, _algorithm_rules, _sampling_rules, _model_rules, _learner_rules):
         rule(config)
     return config
 
@@ -189,6 +191,28 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(part, key)
     elif isinstance(value, float):
         yield key, value
+
+
+def _data_rules(config: RunConfig) -> None:
+    data, template = config.data, config.data.template
+    sources = {name: source for name in ("comparisons", "demonstrations", "prompts") if (source := getattr(data, name))}
+    if config.task != "files":
+        if data != DataConfig():
+            raise ValueError(f"data: must be left out unless task is files, got settings for task {config.task!r}; such a task has its own data")
+        return
+    if not sources:
+        raise ValueError("data: must name at least one source when task is files, got none; give data.comparisons, data.demonstrations or data.prompts")
+    if not (config.reward.function or config.reward.model):
+        raise ValueError("reward: must have a function or a model when task is files, got neither; files say nothing of how a new reply is judged")
+    if config.finetune.epochs and not (data.comparisons or data.demonstrations):
+        raise ValueError("data.demonstrations: must be given to fine-tune, got prompts alone; give it or data.comparisons, or set finetune.epochs to 0")
+    if template.kind == "plain" and data.format in ("transcript", "messages"):
+        raise ValueError(f"data.template.kind: must be chat or roles for {data.format}, got plain; it has no place for whose turn it is")
+    if template.kind == "chat" and not config.model.path:
+        raise ValueError("data.template.kind: must be roles when model.path is empty, got chat; a new model's tokenizer has no chat template")
+    names = [getattr(data.columns, name) for name in type(data.columns).model_fields]
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"data.columns: must be different names, none empty, got {names}; two columns cannot have one name")
 
 
 def _batch_rules(config: RunConfig) -> None:

@@ -32,7 +32,8 @@ def show(config: RunConfig, console: Console) -> None:
     """Print the plan of a checked configuration. Raises ValueError for a task or reward that cannot be imported."""
     from actors.reward import load_function
 
-    task = load_task(check(config).task)
+    check(config)
+    task = load_task(config.task, config.data, config.model.path)
     load_function(config.reward.function or task.reward)
     placement = place(config, demands(config))
     shape = _shape(config)

@@ -132,7 +132,7 @@ def _losses(config: RunConfig, run_dir: Path, step: int, recorded: Mapping[int, 
         progress.stage("start learners", 1)
         placed = session.place(place(config, demands(config)))
         stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)
-        roles = declare_roles(config, stage, model, load_task(config.task).reward)
+        roles = declare_roles(config, stage, model, load_task(config.task, config.data, config.model.path).reward)
         learners = Learners(config, roles, stage)
         try:
             roles.start_gangs()

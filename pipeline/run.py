@@ -29,6 +29,7 @@ from cluster.storage import Folder
 from pipeline.changes import check_changes
 from pipeline.checkpoint import Checkpoints, Commit
 from pipeline.config import RunConfig, check, save
+from pipeline.data.sources import absolute
 from pipeline.driver import Driver
 from pipeline.evaluation import Comparison, Evaluator, Report, compare, heldout_groups
 from pipeline.observe.journal import Journal
@@ -110,7 +111,7 @@ def resume(config: RunConfig, run_dir: Path, allowed: Collection[str], console: 
 
 def _preflight(config: RunConfig) -> tuple[Task, Asked | None]:
     """The task, and its prompts if the model is there already. Raises ValueError for what cannot work, while nothing is started."""
-    task = load_task(config.task)
+    task = load_task(config.task, config.data, config.model.path)
     if config.reward.model:
         check_classifier(config.reward.model)
     else:
@@ -149,6 +150,7 @@ def resolve(config: RunConfig) -> RunConfig:
     cpus = config.cluster.cpus_per_bundle or place(config, demands(config)).bundles[0].cpus
     return config.model_copy(
         update={
+            "data": absolute(config.data),
             "cluster": config.cluster.model_copy(update={"cpus_per_bundle": cpus}),
             "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
             "reward": config.reward.model_copy(update={"model": _absolute(config.reward.model)}),

@@ -230,7 +230,7 @@ A_MODEL = "model.path: must be a folder or hub name of a causal language model, 
 A_JUDGE = "reward.model: must be a folder or hub name of a sequence classifier, got "
 RAISED = "but it raised ZeroDivisionError: division by zero"
 NEXT: dict[str, Row] = {
-    "no such task": (f"{NEW} --task chess", "task: must be one of smalltalk, walks or an import path package.module:name, got 'chess'"),
+    "no such task": (f"{NEW} --task chess", "task: must be one of smalltalk, walks, files or an import path package.module:name, got 'chess'"),
     "a task in no module": (f"{NEW} --task nowhere:Walks", "task: must be importable, got 'nowhere:Walks': No module named 'nowhere'; put the module on"),
     "a task in a broken module": (f"{NEW} --task zero:Walks", f"task: must be importable, got 'zero:Walks', {RAISED} (zero.py, line 2)"),
     "a task that is none": (f"{NEW} --task mine:Nothing", "task: must make a Task, got 'mine:Nothing' without name, reward ... see pipeline/tasks/task.py"),

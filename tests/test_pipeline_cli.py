@@ -83,7 +83,7 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
             ["plan", "walks", "--algorithm.name", "grpq"],
             "walks.toml: algorithm.name: must be one of 'ppo', 'reinforce', 'reinforce_baseline', 'a2c', 'rloo', 'grpo', 'reinforce_pp', got 'grpq'",
         ),
-        (["plan", "walks", "--task", "chess"], "task: must be one of smalltalk, walks or an import path package.module:name, got 'chess'"),
+        (["plan", "walks", "--task", "chess"], "task: must be one of smalltalk, walks, files or an import path package.module:name, got 'chess'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

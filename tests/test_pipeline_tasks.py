@@ -84,7 +84,7 @@ def test_tokenizer_keeps_end_and_padding_apart_and_loses_nothing(name: str, toke
 def test_tasks_are_known_by_name_or_import_path() -> None:
     assert isinstance(load_task("walks"), RandomWalks)
     assert isinstance(load_task("pipeline.tasks.smalltalk:SmallTalk"), SmallTalk)
-    with pytest.raises(ValueError, match=r"task: must be one of smalltalk, walks or an import path .*, got 'walk'"):
+    with pytest.raises(ValueError, match=r"task: must be one of smalltalk, walks, files or an import path .*, got 'walk'"):
         load_task("walk")
     with pytest.raises(ValueError, match=r"task: must be importable, got 'no_such_module:Task'"):
         load_task("no_such_module:Task")

@@ -22,6 +22,8 @@ import pyarrow as pa
 
 from actors.experience import Prompts
 from actors.reward import load_function, user_code
+from pipeline.data.config import DataConfig
+from pipeline.data.problems import DataError
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -31,6 +33,7 @@ TASKS = {
     "smalltalk": "pipeline.tasks.smalltalk:SmallTalk",
     "walks": "pipeline.tasks.walks:RandomWalks",
 }
+FILES = "files"  # the task that is read from what `data` in the recipe names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,15 @@ class Demonstration:
 
     prompt: str
     response: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A prompt and replies to it, the best first; as text the model reads; the end-of-text token is not written."""
+
+    prompt: str
+    replies: tuple[str, ...]  # at least two, all different: chosen and rejected, or a whole ranking
+    margin: float = 0.0  # by how much the best is better, if the data say so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +63,15 @@ class PromptText:
 
 @runtime_checkable
 class Task(Protocol):
-    """Data and a goal. An implementation is a class without arguments, named by registry name or import path."""
+    """Data and a goal. An implementation is a class without arguments, named by registry name or import path.
+
+    Two more methods are used where a task has them: `comparisons(split)`, a list of `Comparison` that a reward model learns from, and
+    `shorter(prompt)`, the ever shorter texts that may stand for a prompt with too many tokens.
+    """
 
     name: str
     reward: str
-    """Import path of the reward function, `package.module:name`."""
+    """Import path of the reward function, `package.module:name`; "" where the recipe must name the reward."""
 
     def build_tokenizer(self, folder: Path, vocabulary: int) -> None:
         """Write a Hugging Face tokenizer of at most `vocabulary` tokens for this task's text, for a model trained from nothing."""
@@ -74,10 +90,17 @@ class Task(Protocol):
         ...
 
 
-def load_task(name: str) -> Task:
-    """A task by its name in `TASKS`, or by import path. Raises ValueError naming the choices, or why it cannot be made."""
+def load_task(name: str, data: DataConfig | None = None, model: str = "") -> Task:
+    """A task by its name in `TASKS`, or by import path. Raises ValueError naming the choices, or why it cannot be made.
+
+    data, model: of the task "files": the recipe's sources, and the model's folder or hub name, whose chat template lays them out if it has one.
+    """
+    if name == FILES:
+        from pipeline.data.files import Files
+
+        return Files(data or DataConfig(), model)
     if name not in TASKS and ":" not in name:
-        raise ValueError(f"task: must be one of {', '.join(TASKS)} or an import path package.module:name, got {name!r}")
+        raise ValueError(f"task: must be one of {', '.join([*TASKS, FILES])} or an import path package.module:name, got {name!r}")
     make = load_function(TASKS.get(name, name), field="task")
     with user_code(f"task: must be a class without arguments, got {name!r}"):
         task = make()
@@ -97,8 +120,25 @@ def demonstrations_of(task: Task, split: Split) -> list[Demonstration]:
     return _listed(f"demonstrations({split!r}) of {task.name!r}", lambda: task.demonstrations(split), Demonstration)
 
 
+def comparisons_of(task: Task, split: Split) -> list[Comparison]:
+    """The task's comparisons. Raises ValueError when it has none, or they are not what `Comparison` says, or cannot be had."""
+    give = getattr(task, "comparisons", None)
+    if give is None:
+        raise ValueError(f"task: must have comparisons to learn a reward model from, got {task.name!r} without; give it a method comparisons(split)")
+    found = _listed(f"comparisons({split!r}) of {task.name!r}", lambda: give(split), Comparison)
+    for number, comparison in enumerate(found):
+        if len(set(comparison.replies)) < max(2, len(comparison.replies)):
+            raise ValueError(f"task: comparison {number} of {task.name!r} must have at least 2 replies, all different, got {comparison.replies!r:.100}")
+    return found
+
+
+def shorter_of(task: Task) -> Callable[[str], Iterable[str]]:
+    """What may stand for a prompt that has too many tokens, ever shorter; nothing where the task does not say."""
+    return getattr(task, "shorter", lambda prompt: ())
+
+
 def _listed(what: str, give: Callable[[], Iterable[T]], kind: type[T]) -> list[T]:
-    with user_code(f"task: {what} must give a list of {kind.__name__}"):
+    with user_code(f"task: {what} must give a list of {kind.__name__}", but=DataError):
         found = list(give())
     stranger = next((number for number, value in enumerate(found) if not isinstance(value, kind)), None)
     if stranger is not None:
