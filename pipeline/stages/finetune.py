@@ -3,7 +3,7 @@
     L_t = -log pi(a_t|s_t) on the tokens of the response; prompt tokens carry no loss.
 
 A demonstration is an experience whose actions are the demonstrated tokens, so nothing here trains: the stage only
-lays out tables and says what is measured on held-out ones.
+lays out tables and says what is measured on the held-out one.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ import pyarrow as pa
 from actors import ragged
 from actors.experience import Experience, Rollouts
 from cluster.session import Session
-from pipeline.config import ModelConfig, RunConfig
+from pipeline.config import RunConfig
+from pipeline.data.encode import encode_demonstrations
 from pipeline.observe.progress import Progress
-from pipeline.stages.loop import HELDOUT, MAX_LOSS, TRAIN, Job, Measured, Prepared
+from pipeline.stages.loop import MAX_LOSS, Job, Measured
 from pipeline.stages.trainer import fit
-from pipeline.tasks.task import SPLITS, demonstrations_of, encode_demonstration, load_task
+from pipeline.tasks.task import SPLITS, Task, load_task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.learner import Learner
     from actors.objective import ActionTokens
+
+CACHE = "cache"  # of a run: the new model it begins with, and its texts in tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Perplexity:
     """Of held-out responses: exp of the mean negative log-probability of a token."""
 
     def __call__(self, learner: Learner, heldout: pa.Table) -> Measured:
-        loss = -learner.infer(heldout)[0].mean
+        loss = -learner.infer(heldout.select(Rollouts.schema.names).cast(Rollouts.schema))[0].mean
         perplexity = math.exp(loss) if loss < MAX_LOSS else math.inf
         return Measured(loss=loss, values={"heldout_loss": loss, "perplexity": perplexity}, text=f"held-out perplexity {perplexity:.1f}")
 
@@ -63,22 +66,34 @@ class Finetuned:
 def finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progress) -> Finetuned:
     """Make the model of the recipe (new or given) imitate the task. Returns the folder `run_dir/finetuned`; what led there is in `run_dir/sft`.
 
-    Raises RunError; called again, it goes on from the last checkpoint.
+    Raises ValueError for data that will not do, RunError for what fails on the way; called again, it goes on from the last checkpoint.
     """
+    from actors.model import context_of
+
+    progress.stage("tokenise demonstrations", 1)
     folder, chosen = run_dir / "finetuned", config.finetune
+    task = load_task(config.task, config.data, config.model.path)
+    model = config.model.path or str(_new_model(config, task, run_dir / CACHE))
+    train, heldout = (encode_demonstrations(task, split, model, context_of(model), run_dir / CACHE) for split in SPLITS)
+    if excluded := len(train.excluded) + len(heldout.excluded):
+        everything = train.rows + heldout.rows + excluded
+        progress.remark(f"{excluded} of {everything} demonstrations are longer than the model's context and left out")
     job = Job(
         name="sft",
         title="fine-tune",
         section="finetune",
         role="policy",
-        prepare=PrepareDemonstrations(task=config.task, model=config.model, seed=config.seed),
+        model=model,
+        train=train.path.absolute(),
+        heldout=heldout.path.absolute(),
+        rows=train.rows,
+        best=folder.absolute(),
         learner=chosen.learner,
         objective=Imitation(),
         measure=Perplexity(),
-        best=folder.absolute(),
         epochs=chosen.epochs,
         early_stop=chosen.early_stop,
-        rows=chosen.batch_size,
+        batch=chosen.batch_size,
         checkpoint_every=chosen.checkpoint_every,
         seed=config.seed,
     )
@@ -87,38 +102,16 @@ def finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progr
     return Finetuned(folder=folder, perplexity_before=before, perplexity=best)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareDemonstrations:
-    """Writes a new model if the recipe names none, and the task's demonstrations in tokens: Experience to train on, held-out Rollouts."""
+def _new_model(config: RunConfig, task: Task, cache: Path) -> Path:
+    """A GPT-2 of the recipe's shape with random weights, and a tokenizer of the task's text: the folder."""
+    from actors.model import load_tokenizer, new_gpt2
 
-    task: str
-    model: ModelConfig
-    seed: int
-
-    def __call__(self, folder: Path) -> Prepared:
-        from actors.model import context_of, load_tokenizer, new_gpt2
-
-        task, model = load_task(self.task), self.model
-        start = model.path or str(folder / "model")
-        if not model.path:
-            Path(start).mkdir(parents=True, exist_ok=True)
-            task.build_tokenizer(Path(start), model.vocabulary)
-        tokenizer = load_tokenizer(start)
-        if not model.path:
-            shape = {"layers": model.layers, "width": model.width, "heads": model.heads, "context": model.context}
-            new_gpt2(tokenizer, **shape, seed=self.seed).save_pretrained(start)
-        encoded = {split: [encode_demonstration(d, tokenizer) for d in demonstrations_of(task, split)] for split in SPLITS}
-        context = context_of(start)
-        fitting = {split: [(p, r) for p, r in pairs if len(p) + len(r) <= context] for split, pairs in encoded.items()}
-        for split, pairs in fitting.items():
-            if not pairs:
-                raise ValueError(f"task: must have {split} demonstrations that fit the model's context of {context} tokens, got none of {len(encoded[split])}")
-        demonstrated(fitting["train"]).write(folder / TRAIN)
-        Rollouts(demonstrated(fitting["heldout"]).table.select(Rollouts.schema.names).cast(Rollouts.schema)).write(folder / HELDOUT)
-        everything = sum(len(pairs) for pairs in encoded.values())
-        excluded = everything - sum(len(pairs) for pairs in fitting.values())
-        remark = f"{excluded} of {everything} demonstrations are longer than the model's context and left out" if excluded else ""
-        return Prepared(train=len(fitting["train"]), heldout=len(fitting["heldout"]), model=start, excluded=excluded, remark=remark)
+    folder, shape = (cache / "model").absolute(), config.model
+    folder.mkdir(parents=True, exist_ok=True)
+    task.build_tokenizer(folder, shape.vocabulary)
+    sizes = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "context": shape.context}
+    new_gpt2(load_tokenizer(str(folder)), **sizes, seed=config.seed).save_pretrained(folder)
+    return folder
 
 
 def demonstrated(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Experience:
