@@ -109,7 +109,10 @@ class LearnerConfig(Config):
     """What learns: every weight, or only the output head (policy: untied from the embeddings; critic: the value head) on the frozen trunk."""
 
     micro_batch_size: int = Field(default=16, ge=1)
-    """Rollouts of one forward and backward pass on one rank. Changes memory and speed, never the gradient."""
+    """Rollouts, or lines where pack_tokens says so, of one forward and backward pass on one rank. Changes memory and speed, never the gradient."""
+
+    pack_tokens: int = Field(default=0, ge=0)
+    """Fill lines of so many tokens (at most the model's context) with rollouts that do not see each other; 0: one a line, padded. The gradient is the same."""
 
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of AdamW."""

@@ -4,6 +4,7 @@
                             |-----reference---> TokenLogprobs
                             |-----critic------> TokenValues
                             `-----assemble----> Experience --learner--> new weights
+    Comparisons --learner--> a reward model
 
 Sequences are ragged list columns: nothing is padded on the wire, a slice costs nothing and Ray sends only its
 own bytes, and a step's table is written to Parquet as it is. Every list column that speaks of tokens is
@@ -16,12 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors import ragged
 from cluster.storage import Folder
 
 FINISH = ("stop", "length", "error")
@@ -200,3 +204,60 @@ class Experience(_Typed):
             ("returns", pa.list_(pa.float32())),
         ]
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparisons(_Typed):
+    """Texts that were compared, a row a comparison: its texts one after the other, the best first. Example of one row, two texts of one prompt:
+
+    tokens          [11, 12, 13, 40, 2,  11, 12, 13, 50, 51, 2]   prompt, reply and end of text, twice
+    action_mask     [ 0,  0,  0,  0, 1,   0,  0,  0,  0,  0, 1]   true at each end of text: the state it is chosen in is what is rewarded
+    segment_starts  [0, 5]                                        where each text begins
+    margin          by how much the best is better, or 0
+    """
+
+    schema: ClassVar[pa.Schema] = _required(
+        [*_ids, *_tokens, ("action_mask", pa.list_(pa.bool_())), ("segment_starts", pa.list_(pa.int32())), ("margin", pa.float32())]
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming column and row where a row is not at least two texts of at least two tokens, each with its last one marked."""
+        _Typed.__post_init__(self)
+        starts, first = ragged.flat(self.table["segment_starts"])
+        offsets = ragged.flat(self.table["tokens"])[1]
+        mask, mask_offsets = ragged.flat(self.table["action_mask"])
+        self._must("segment_starts", np.diff(first) >= 2, "must begin at least two texts")
+        row = np.repeat(np.arange(len(self)), np.diff(first))
+        ends = np.roll(starts, -1)
+        ends[first[1:] - 1] = np.diff(offsets)  # a row's last text ends with the row
+        self._must("segment_starts", starts[first[:-1]] == 0, "must begin with 0")
+        self._must("segment_starts", _all(ends - starts >= 2, row, len(self)), "must ascend within tokens, each text of at least two tokens")
+        self._must("action_mask", np.diff(mask_offsets) == np.diff(offsets), "must be aligned with tokens")
+        last = np.zeros(len(mask), bool)
+        last[offsets[row] + ends - 1] = True
+        self._must("action_mask", _all(mask == last, np.repeat(np.arange(len(self)), np.diff(offsets)), len(self)), "must mark each text's last token alone")
+        self._must("margin", np.isfinite(self.table["margin"].to_numpy()), "must be finite")
+
+    @classmethod
+    def of_texts(cls, rankings: Sequence[Sequence[Sequence[int]]], margins: Sequence[float] | None = None) -> Self:
+        """The table of these comparisons, numbered from 0: of each the ids of its texts, the best first, each with its end of text. margins: 0 if not given."""
+        rows = [[token for text in ranking for token in text] for ranking in rankings]
+        return cls.of(
+            {
+                "sample_id": np.arange(len(rankings)),
+                "tokens": rows,
+                "action_mask": [[i == len(text) - 1 for text in ranking for i in range(len(text))] for ranking in rankings],
+                "segment_starts": [list(accumulate((len(text) for text in ranking[:-1]), initial=0)) for ranking in rankings],
+                "margin": [0.0] * len(rankings) if margins is None else list(margins),
+            }
+        )
+
+    def _must(self, name: str, holds: ragged.Array, rule: str) -> None:
+        if not holds.all():
+            row = int(np.argmin(holds))
+            raise ValueError(f"Comparisons.{name}: {rule}, got {self.table[name][row].as_py()} in row {row}")
+
+
+def _all(holds: ragged.Array, row: ragged.Array, rows: int) -> ragged.Array:
+    """Whether all entries of each row hold, (rows,)."""
+    return np.asarray(np.bincount(row, ~holds, minlength=rows) == 0)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from actors.experience import Experience, Prompts, Rollouts, Scores, TokenLogprobs, TokenValues
+from actors.experience import Comparisons, Experience, Prompts, Rollouts, Scores, TokenLogprobs, TokenValues
 from cluster.session import Session
 
 KINDS = (Prompts, Rollouts, Scores, TokenLogprobs, TokenValues, Experience)
@@ -235,3 +235,50 @@ def test_empty_tables(kind: Kind) -> None:
     assert kind.concat([none, some, none]).table.equals(some.table)
     assert len(none.slice(0, 5)) == 0
     assert len(kind.of({field.name: [] for field in kind.schema})) == 0
+
+
+PAIR = {"sample_id": [7], "tokens": [[11, 12, 40, 2, 11, 50, 2]], "segment_starts": [[0, 4]], "margin": [0.5]}
+MARKED = [[False, False, False, True, False, False, True]]
+
+
+def test_comparisons_by_hand() -> None:
+    table = Comparisons.of(PAIR | {"action_mask": MARKED}).table
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "sample_id": "int64", "tokens": "list<item: int32>", "action_mask": "list<item: bool>", "segment_starts": "list<item: int32>", "margin": "float",
+    }  # fmt: skip
+    made = Comparisons.of_texts([[[11, 12, 40, 2], [11, 50, 2]], [[1, 2], [3, 2], [4, 5, 2]]], [0.5, 0]).table
+    assert made.drop(["sample_id"])[:1].to_pylist() == table.drop(["sample_id"]).to_pylist()
+    assert made["segment_starts"].to_pylist() == [[0, 4], [0, 2, 4]]
+    assert made["sample_id"].to_pylist() == [0, 1]
+
+
+def test_comparisons_are_kept_by_slices_files_and_empty_tables(tmp_path: Path) -> None:
+    table = Comparisons.of_texts([[[i, i, 2], [i, 2]] for i in range(3, 9)])
+    assert table.slice(2, 3).table.to_pylist() == table.table.to_pylist()[2:5]
+    assert Comparisons.concat([table.slice(4), table.slice(0, 1)]).table["tokens"].to_pylist()[0] == [7, 7, 2, 7, 2]
+    table.write(tmp_path / "c.parquet")
+    assert Comparisons.read(tmp_path / "c.parquet").table.equals(table.table)
+    assert len(Comparisons.concat([])) == len(Comparisons.of_texts([])) == len(table.slice(6)) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"segment_starts": [[0]]}, r"segment_starts: must begin at least two texts, got \[0\] in row 1"),
+        ({"segment_starts": [[]]}, r"segment_starts: must begin at least two texts, got \[\] in row 1"),
+        ({"segment_starts": [[1, 4]]}, r"segment_starts: must begin with 0, got \[1, 4\] in row 1"),
+        ({"segment_starts": [[0, 1]]}, r"segment_starts: must ascend within tokens, each text of at least two tokens, got \[0, 1\] in row 1"),
+        ({"segment_starts": [[0, 6]]}, r"segment_starts: must ascend within tokens"),
+        ({"segment_starts": [[0, 9]]}, r"segment_starts: must ascend within tokens"),
+        ({"segment_starts": [[0, 4, 2]]}, r"segment_starts: must ascend within tokens"),
+        ({"action_mask": [[False, True]]}, r"action_mask: must be aligned with tokens"),
+        ({"action_mask": [[False] * 7]}, r"action_mask: must mark each text's last token alone"),
+        ({"action_mask": [[False, False, True, True, False, False, True]]}, r"action_mask: must mark each text's last token alone"),
+        ({"margin": [float("nan")]}, r"margin: must be finite, got nan in row 1"),
+        ({"margin": [float("inf")]}, r"margin: must be finite, got inf in row 1"),
+    ],
+)
+def test_comparisons_that_are_none_are_refused_by_column_and_row(wrong: dict[str, Any], message: str) -> None:
+    good = PAIR | {"action_mask": MARKED}
+    with pytest.raises(ValueError, match=rf"^Comparisons\.{message}"):
+        Comparisons.of({name: [*value, *wrong.get(name, value)] for name, value in good.items()})

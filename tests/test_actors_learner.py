@@ -38,6 +38,7 @@ from learner_helpers import (
     train_on,
     weights_of,
 )
+from tiny_models import save_llama
 
 STAGES = (0, 1, 2, 3)
 TEMPERATURE = 0.9  # as in make_learner
@@ -138,6 +139,17 @@ def test_every_stage_rank_count_and_micro_batch_size_does_what_the_plain_loop_do
     assert_same(train_on(ranks, path, settings, [experience], [plan()]), want)
 
 
+@pytest.mark.parametrize(
+    ("family", "ranks", "role", "aggregation"),
+    [("gpt2", 1, "policy", "sequence_mean"), ("gpt2", 2, "critic", "token_mean"), ("llama", 1, "policy", "token_mean"), ("llama", 2, "policy", "token_mean")],
+)
+def test_packed_rows_do_what_the_plain_loop_does(family: str, ranks: int, role: str, aggregation: str, path: str, experience: pa.Table, tmp_path: Path) -> None:
+    """So does every other number of rows a line: the loss is of the action tokens of a row, whatever lies beside it."""
+    path = path if family == "gpt2" else str(save_llama(tmp_path))
+    settings, course = config(zero_stage=2, micro_batch_size=2, pack_tokens=30, max_grad_norm=0.1), plan(aggregation=aggregation)
+    assert_same(train_on(ranks, path, settings, [experience], [course], role), oracle(path, settings, experience, course, role))
+
+
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.0}, {"max_grad_norm": 1e6}])
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_without_clipping_and_with_either_aggregation(options: dict[str, float], aggregation: str, path: str, experience: pa.Table) -> None:
@@ -193,11 +205,11 @@ def infer_on(rank: int, ranks: int, port: int, path: str, settings: LearnerConfi
     return report.mean, table
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_infer_shares_rows_out_and_gives_the_models_log_probs(stage: int, path: str, experience: pa.Table) -> None:
+@pytest.mark.parametrize(("stage", "pack_tokens"), [(0, 0), (1, 30), (2, 0), (3, 0)])
+def test_infer_shares_rows_out_and_gives_the_models_log_probs(stage: int, pack_tokens: int, path: str, experience: pa.Table) -> None:
     tables = [rollouts_of(experience.slice(0, 4)), rollouts_of(experience.slice(4))]
     model = load_causal_lm(path, torch.float32)
-    results = pair().run(infer_on, path, config(zero_stage=stage), tables, "policy")
+    results = pair().run(infer_on, path, config(zero_stage=stage, pack_tokens=pack_tokens), tables, "policy")
     assert results[0][0] == results[1][0], "the mean is over all ranks"
     got = {i: row for _, table in results for i, row in zip(table["sample_id"].to_pylist(), table["logprobs"].to_pylist(), strict=True)}
     assert sorted(got) == experience["sample_id"].to_pylist()

@@ -86,7 +86,8 @@ def golden() -> pa.Table:
 
 
 def test_a_micro_batch_by_hand() -> None:
-    inputs, actions = Batch(golden(), CPU).micro_batch(np.asarray([1, 0]))
+    batch, chosen = Batch(golden(), CPU), np.asarray([1, 0])
+    inputs, actions = batch.inputs(chosen), batch.actions(chosen)
     assert inputs.input_ids.tolist() == [[21, 22, 23, 24], [11, 12, 13, 14]], "the longest row's last token is never a state"
     assert inputs.targets.tolist() == [22, 24, 25, 13, 14]
     assert inputs.states.tolist() == [0, 2, 3, 5, 6]

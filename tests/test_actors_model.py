@@ -22,6 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
     "granite": WIDE | {"logits_scaling": 8.0},
     "llama": WIDE,
+    "mistral": WIDE,
     "opt": {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
     "qwen2": WIDE | {"tie_word_embeddings": True},
 }

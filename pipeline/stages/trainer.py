@@ -329,7 +329,7 @@ def _work(order: _Order, rank: int, ranks: int, signs: Signs) -> dict[str, Any]:
     if rank == 0:
         signs.enter("load the model")
     learner = Learner(
-        role=job.role,  # type: ignore[arg-type]
+        role=job.role,
         rank=rank,
         ranks=ranks,
         path=job.model,
@@ -339,6 +339,7 @@ def _work(order: _Order, rank: int, ranks: int, signs: Signs) -> dict[str, Any]:
         total_updates=job.epochs * job.minibatches,
         seed=job.seed,
         timeout_s=order.peer_timeout_s,
+        reference=job.reference,
     )
     learner.connect()
     standing = Course(job, learner, read_table(job.train), read_table(job.heldout), signs, _RayKeeper()).run()

@@ -1,0 +1,89 @@
+"""Several sequences on one line that do not see each other: which share a line, where each lies, and the attention that keeps them apart.
+
+Shapes: S sequences, L lines, T tokens of the longest line.
+
+What was left out: attention kernels for ragged sequences (flash_attn_varlen), which need a GPU; a mask is the same arithmetic on any device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Ints = npt.NDArray[np.int64]
+_REMEDY = "set pack_tokens to 0, or choose a model of another family, such as Llama, Qwen2 or GPT-2"
+
+
+def first_fit(rows: Ints, lengths: Ints, capacity: int) -> list[Ints]:
+    """These rows in bins of at most `capacity` tokens; a row that is longer gets one of its own.
+
+    lengths: of every row of the table, indexed by row. First-fit decreasing: the longest row first, each into the first bin that has room; no more than
+    11/9 of the fewest possible bins, and one more (Johnson 1973). The same rows in the same order give the same bins.
+    """
+    bins: list[list[int]] = []
+    room = np.zeros(len(rows), np.int64)  # of each bin so far
+    for row in rows[np.argsort(-lengths[rows], kind="stable")]:
+        fitting = room[: len(bins)] >= lengths[row]
+        chosen = int(fitting.argmax()) if fitting.any() else len(bins)
+        if chosen == len(bins):
+            bins.append([])
+            room[chosen] = capacity
+        bins[chosen].append(int(row))
+        room[chosen] -= lengths[row]
+    return [np.asarray(rows, np.int64) for rows in bins]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Sequences laid on lines, each (L, T) int64. Filled up at the right: tokens 0, positions 0, segments -1."""
+
+    tokens: Ints
+    positions: Ints  # of a token in its own sequence
+    segments: Ints  # which of the S sequences a token belongs to
+    starts: Ints  # (S,) where each sequence begins in the flat grid
+
+
+def side_by_side(tokens: npt.NDArray[Any], offsets: Ints, line: Ints) -> Grid:
+    """Lay sequence s, `tokens[offsets[s]:offsets[s + 1]]`, on line[s], after those before it there. line: (S,) into L lines, ascending."""
+    sizes = np.diff(offsets)
+    columns = offsets[:-1] - offsets[np.searchsorted(line, line)]  # the tokens before it, without those on the lines above
+    width = int((columns + sizes).max())
+    starts = line * width + columns
+    sequence = np.repeat(np.arange(len(sizes)), sizes)
+    position = np.arange(len(tokens)) - offsets[:-1][sequence]
+    grid = np.zeros((3, int(line[-1] + 1) * width), np.int64)
+    grid[2] = -1
+    grid[:, starts[sequence] + position] = tokens, position, sequence
+    laid = grid.reshape(3, -1, width)
+    return Grid(tokens=laid[0], positions=laid[1], segments=laid[2], starts=starts)
+
+
+def block_causal(segments: Tensor) -> Tensor:
+    """Which token sees which, (L, 1, T, T): itself and those before it of its own sequence. Padding sees padding, since seeing nothing is NaN."""
+    width = segments.shape[1]
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same & torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
+
+
+@torch.no_grad()
+def check_packing(model: Any, path: str) -> None:
+    """Raises ValueError unless sequences on one line have the hidden states that each has alone, as a family with an attention of its own might not."""
+    window, context = getattr(model.config, "sliding_window", None), int(model.config.max_position_embeddings)
+    problem = f"which lets a token see the last {window} alone" if window is not None and window < context else ""
+    if not problem:
+        ids = torch.arange(1, 6)[None] % model.get_input_embeddings().weight.shape[0]  # two sequences, of 3 tokens and 2
+        segments, positions = torch.tensor([[0, 0, 0, 1, 1]]), torch.tensor([[0, 1, 2, 0, 1]])
+        packed = model.base_model(input_ids=ids, position_ids=positions, attention_mask=block_causal(segments), use_cache=False).last_hidden_state
+        alone = torch.cat([model.base_model(input_ids=part, use_cache=False).last_hidden_state for part in (ids[:, :3], ids[:, 3:])], 1)
+        gap, scale = float((packed - alone).abs().max()), float(alone.abs().max())
+        problem = f"whose hidden states then differ by up to {gap:.2g}" if gap > 100 * torch.finfo(model.dtype).eps * scale else ""
+    if problem:
+        raise ValueError(
+            "pack_tokens: must be 0 for a model whose sequences cannot be kept apart on one line by position ids and a mask, "
+            f"got {path!r} (family {model.config.model_type}), {problem}; {_REMEDY}"
+        )
