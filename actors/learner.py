@@ -172,8 +172,11 @@ class Learner:
             weights = pack(published(self._model).named_parameters(), dtype, version)
         return weights.manifest, weights
 
-    def export(self, folder: str) -> None:
-        """Rank 0 writes the policy, or the reward model, and its tokenizer as `from_pretrained` reads them; the other ranks only take part."""
+    def export(self, folder: str) -> float:
+        """Rank 0 writes the policy, or the reward model, and its tokenizer as `from_pretrained` reads them; the other ranks only take part.
+
+        Returns how much of the learner's own reward one of the exported model's is: the std that was brought to 1, else 1.
+        """
         standard = None
         if self._yardstick is not None:  # sharded, so measured by all ranks together
             own = self._yardstick.sums(self._engine.forward, self._share(self._yardstick.batch))
@@ -181,6 +184,7 @@ class Learner:
         with self._engine.full_parameters():
             if self.rank == 0:
                 save_trainee(self._model, self._path, Path(folder), standard)
+        return 1.0 if standard is None else standard[1]
 
     def save(self, folder: str) -> ShardReport:
         """Write this rank's share of the training state into the folder: weights, moments and counters of what is trained, in float32."""

@@ -170,7 +170,7 @@ class RunConfig(Config):
 
 def check(config: RunConfig) -> RunConfig:
     """The configuration, if its fields go together. Raises ValueError for a combination that no single field can judge."""
-    for rule in (_number_rules, _data_rules, _batch_rules, _algorithm_rules, _sampling_rules, _model_rules, _learner_rules):
+    for rule in (_number_rules, _data_rules, _batch_rules, _algorithm_rules, _sampling_rules, _model_rules, _reward_model_rules, _learner_rules):
         rule(config)
     return config
 
@@ -202,8 +202,11 @@ def _data_rules(config: RunConfig) -> None:
         return
     if not sources:
         raise ValueError("data: must name at least one source when task is files, got none; give data.comparisons, data.demonstrations or data.prompts")
-    if not (config.reward.function or config.reward.model):
-        raise ValueError("reward: must have a function or a model when task is files, got neither; files say nothing of how a new reply is judged")
+    if not (config.reward.function or config.reward.model or config.reward_model.epochs):
+        raise ValueError(
+            "reward: must have a function or a model when task is files, got neither; files say nothing of how a new reply is judged, "
+            "unless reward_model.epochs is at least 1"
+        )
     if config.finetune.epochs and not (data.comparisons or data.demonstrations):
         raise ValueError("data.demonstrations: must be given to fine-tune, got prompts alone; give it or data.comparisons, or set finetune.epochs to 0")
     if template.kind == "plain" and data.format in ("transcript", "messages"):
@@ -267,6 +270,23 @@ def _model_rules(config: RunConfig) -> None:
             )
         if config.finetune.epochs == 0:
             raise ValueError("finetune.epochs: must be >= 1 when model.path is empty, got 0; a new model knows no text, so give model.path or fine-tune first")
+
+
+def _reward_model_rules(config: RunConfig) -> None:
+    chosen = config.reward_model
+    if not chosen.epochs:
+        return
+    if config.reward.model:
+        raise ValueError(
+            f"reward.model: must be left out when reward_model.epochs is at least 1, got {config.reward.model!r}; the reward is the model that is trained"
+        )
+    if chosen.pairs == "sampled" and config.task == "files" and not config.reward.function:
+        raise ValueError("reward.function: must be given when reward_model.pairs is sampled and task is files; it says which sampled reply is better")
+    if chosen.pairs == "task" and config.reward.function:
+        raise ValueError(
+            f"reward.function: must be left out when a reward model is trained on the task's comparisons, got {config.reward.function!r}; "
+            'the reward is the model that is trained; or set reward_model.pairs = "sampled", for the function to say which sampled reply is better'
+        )
 
 
 def _learner_rules(config: RunConfig) -> None:

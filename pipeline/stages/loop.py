@@ -49,9 +49,12 @@ class Measure(Protocol):
 
 
 class Finish(Protocol):
-    """Called on rank 0 once the best weights are in `job.best`; what it returns (JSON values) is the training's outcome. A frozen dataclass, too."""
+    """Called on rank 0 once the best weights are in `job.best`; what it returns (JSON values) is the training's outcome. A frozen dataclass, too.
 
-    def __call__(self, job: Job, standing: Standing) -> dict[str, Any]: ...
+    say: to be told how far it is, again and again.
+    """
+
+    def __call__(self, job: Job, standing: Standing, say: Callable[[str], None]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +101,12 @@ class Job:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """How far a training is. epoch, done: `done` updates of epoch number `epoch` are made. before, best: held-out loss before training, and of the
-    weights that are exported. saved: updates behind the last checkpoint. over: nothing is left to train."""
+    weights that are exported, whose `scale` is what `Learner.export` returned. saved: updates behind the last checkpoint. over: nothing is left to train.
+    """
 
     before: Measured
     best: Measured
+    scale: float
     epoch: int = 0
     done: int = 0
     saved: int = 0
@@ -165,8 +170,8 @@ class Course:
         if self._is_first:
             self._signs.restart(())
         before = self._measured("measure", "Check the weights it begins from.")
-        self._export()  # a model that training cannot improve is kept as it is
-        return Standing(before=before, best=before)
+        scale = self._export()  # a model that training cannot improve is kept as it is
+        return Standing(before=before, best=before, scale=scale)
 
     def _part(self, standing: Standing) -> Standing:
         """As many updates as make a part; at the end of an epoch, also what follows from its held-out loss."""
@@ -197,10 +202,9 @@ class Course:
         job, epoch = self.job, standing.epoch + 1
         now = self._measured(f"measure after epoch {epoch}", _remedy(job))
         worse, last = job.early_stop and now.loss >= standing.best.loss, epoch == job.epochs
-        if not worse and (job.early_stop or last):
-            self._export()
+        scale = self._export() if not worse and (job.early_stop or last) else standing.scale
         best = standing.best if worse else now
-        after = replace(standing, epoch=epoch, done=0, best=best, over=worse or last)
+        after = replace(standing, epoch=epoch, done=0, best=best, scale=scale, over=worse or last)
         return self._kept(after, {**record, **now.values, "text": f"{record['text']}  {now.text}"})
 
     def _kept(self, standing: Standing, record: Record) -> Standing:
@@ -228,9 +232,9 @@ class Course:
         if self._is_first:
             (folder / STANDING).write_text(standing.to_text(), encoding="utf-8")
 
-    def _export(self) -> None:
+    def _export(self) -> float:
         self._enter("export")
-        self.learner.export(str(self.job.best))
+        return self.learner.export(str(self.job.best))
 
     def _enter(self, phase: str) -> None:
         if self._is_first:

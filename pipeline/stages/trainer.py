@@ -345,8 +345,7 @@ def _work(order: _Order, rank: int, ranks: int, signs: Signs) -> dict[str, Any]:
     standing = Course(job, learner, read_table(job.train), read_table(job.heldout), signs, _RayKeeper()).run()
     outcome: dict[str, Any] = {}
     if rank == 0 and job.finish is not None:
-        signs.enter("finish")
-        outcome = job.finish(job, standing)
+        outcome = job.finish(job, standing, signs.enter)
     return {"standing": standing.to_text(), "outcome": outcome}
 
 
