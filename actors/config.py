@@ -115,7 +115,7 @@ class LearnerConfig(Config):
     """Rollouts, or lines where pack_tokens says so, of one forward and backward pass on one rank. Changes memory and speed, never the gradient."""
 
     pack_tokens: int = Field(default=0, ge=0)
-    """Fill lines of so many tokens (at most the model's context) with rollouts that do not see each other; 0: one a line, padded. Never changes the gradient."""
+    """Fill lines of so many tokens (at most the model's context) with rollouts that do not see each other; 0: one a line, padded. The gradient is the same."""
 
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of AdamW."""

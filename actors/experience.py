@@ -260,4 +260,4 @@ class Comparisons(_Typed):
 
 def _all(holds: ragged.Array, row: ragged.Array, rows: int) -> ragged.Array:
     """Whether all entries of each row hold, (rows,)."""
-    return np.bincount(row, ~holds, minlength=rows) == 0
+    return np.asarray(np.bincount(row, ~holds, minlength=rows) == 0)

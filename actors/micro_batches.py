@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actors import ragged
 from actors.model import TokenInputs
-from actors.objective import ActionTokens
+from actors.objective import ActionTokens, Compared
 from actors.packing import first_fit, side_by_side
 
 Rows = npt.NDArray[np.int64]
@@ -106,6 +106,10 @@ class Batch:
         """Action tokens of each of these rows."""
         return np.asarray(np.diff(self.action_offsets)[rows])
 
+    def filled(self, share: Share) -> Share:
+        """The share itself, or the shortest row for a rank that has run out of rows while others have not."""
+        return share if len(share.rows) else Share(np.asarray([int(self.lengths.argmin())]))
+
     def inputs(self, rows: Rows, line: Rows | None = None) -> TokenInputs:
         """What the model takes. line: of each row, as in a `Share`; where no line holds two sequences, it changes nothing."""
         sequences, first = ragged.take(np.arange(len(self._sequences) - 1), self._first, rows)
@@ -117,8 +121,9 @@ class Batch:
         if line is not None and len(np.unique(line)) < len(sequences):
             tokens, offsets = self._without_last(sequences)
             grid = side_by_side(tokens, offsets, np.repeat(line, np.diff(first)))
-            packed = {"position_ids": self._tensor(grid.positions, np.int64), "segments": self._tensor(grid.segments, np.int64)}
-            return TokenInputs(input_ids=self._tensor(grid.tokens, np.int64), states=self._tensor(grid.starts[owner] + before, np.int64), targets=targets, **packed)
+            ids, positions, segments = (self._tensor(part, np.int64) for part in (grid.tokens, grid.positions, grid.segments))
+            states = self._tensor(grid.starts[owner] + before, np.int64)
+            return TokenInputs(input_ids=ids, states=states, targets=targets, position_ids=positions, segments=segments)
         tokens, offsets = ragged.take(self.tokens, self._sequences, sequences)
         width = max(int(np.diff(offsets).max(initial=0)) - 1, 1)
         padded = ragged.pad(tokens, offsets, width=width + 1)[:, :width]
@@ -135,6 +140,12 @@ class Batch:
         index, row = self._actions_of(rows)
         columns = {name: self._tensor(self._columns[name][index], np.float32) for name in self.COLUMNS}
         return ActionTokens(row=self._tensor(row, np.int64), rows=len(rows), kl_coef=self.kl_coef, **columns)
+
+    def compared(self, rows: Rows) -> Compared:
+        """What a reward objective takes, in the order of `inputs(rows).targets`, of a table of comparisons."""
+        assert self._margin is not None, "only Comparisons are compared"
+        row = self._actions_of(rows)[1]
+        return Compared(row=self._tensor(row, np.int64), rows=len(rows), margin=self._tensor(self._margin[rows], np.float32))
 
     def aligned(self, rows: Rows, values: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Numbers at the action tokens of these rows, (N,), as a flat column aligned with their tokens: (values, offsets), zero elsewhere."""

@@ -9,6 +9,7 @@ have to remove, hence no NaN * 0. Where sequences share a line, a mask keeps the
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 Entropy = Literal["none", "value", "gradient"]
-_REMEDY = "choose a model of another family, such as Llama, Qwen2, Mistral or GPT-2"
+REMEDY = "choose a model of another family, such as Llama, Qwen2, Mistral or GPT-2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ def _folder_problem(folder: Path) -> str:
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            return f"{file.name} is not whole ({_first_line(error)}); copy it again"
+            return f"{file.name} is not whole ({first_line(error)}); copy it again"
     return ""
 
 
@@ -74,7 +75,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.path: must be a folder or hub name with a tokenizer, got {path!r}: {_first_line(error)}") from error
+        raise ValueError(f"model.path: must be a folder or hub name with a tokenizer, got {path!r}: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up for some families where there is none
         raise ValueError(f"model.path: must have its tokenizer beside it, got {path!r} without; save the one it was trained with there")
     if tokenizer.eos_token_id is None:
@@ -96,7 +97,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, untie_head: bool = False, a
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        message = f"model.path: must be a folder or hub name of a causal language model that runs with sdpa attention, got {path!r}: {_first_line(error)}"
+        message = f"model.path: must be a folder or hub name of a causal language model that runs with sdpa attention, got {path!r}: {first_line(error)}"
         raise ValueError(message) from error
     _check_head(model, path)
     if attention != "sdpa":  # set only now: an engine's own attention may need that engine's cache, which the check has not
@@ -105,6 +106,11 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, untie_head: bool = False, a
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
+    return without_dropout(model)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, in eval mode and with dropout off in any other."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -162,16 +168,20 @@ class PolicyModel(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """The critic: a trunk of its own and one linear head, zero at the start (Huang et al. 2023, detail 8)."""
+    """The critic: a trunk of its own and one linear head, zero at the start or a reward model's (Huang et al. 2023, detail 8)."""
 
-    def __init__(self, causal_lm: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, head: Tensor | None = None) -> None:
+        """model: causal LM or classifier whose trunk it takes. head: (1, D) of a reward model, or None for zero."""
         super().__init__()
-        embeddings: Any = causal_lm.get_input_embeddings()
+        embeddings: Any = model.get_input_embeddings()
         width = embeddings.weight.shape[1]
-        self.trunk = causal_lm.base_model
-        self.value_head = nn.Linear(width, 1, dtype=next(causal_lm.parameters()).dtype)
+        self.trunk = model.base_model
+        self.value_head = nn.Linear(width, 1, dtype=next(model.parameters()).dtype)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        if head is not None:
+            with torch.no_grad():
+                self.value_head.weight.copy_(head)
 
     @property
     def head(self) -> nn.Module:
@@ -194,7 +204,7 @@ def context_of(path: str) -> int:
     config = _config_of(path)
     context = getattr(config, "max_position_embeddings", None)
     if context is None:
-        raise ValueError(f"model.path: must have max_position_embeddings in its config, got {path!r} (family {config.model_type}); {_REMEDY}")
+        raise ValueError(f"model.path: must have max_position_embeddings in its config, got {path!r} (family {config.model_type}); {REMEDY}")
     return int(context)
 
 
@@ -203,15 +213,28 @@ def vocabulary_of(path: str) -> int:
     config = _config_of(path)
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is None:
-        raise ValueError(f"model.path: must have vocab_size in its config, got {path!r} (family {config.model_type}); {_REMEDY}")
+        raise ValueError(f"model.path: must have vocab_size in its config, got {path!r} (family {config.model_type}); {REMEDY}")
     return int(vocabulary)
 
 
-def save_causal_lm(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write safetensors, config and tokenizer as `from_pretrained` reads them."""
+def is_classifier(path: str) -> bool:
+    """Whether a folder or hub name holds a sequence classifier, by what its config says. Raises ValueError naming the path when there is no config."""
+    return any(name.endswith("ForSequenceClassification") for name in _config_of(path).architectures or ())
+
+
+def check_same_words(path: str, other: str, field: str) -> None:
+    """Raises ValueError, naming the field that `other` is of, unless both read the same text as the same ids and `other` takes as long sequences."""
+    if load_tokenizer(path).get_vocab() != load_tokenizer(other).get_vocab() or vocabulary_of(other) < vocabulary_of(path):
+        raise ValueError(f"{field}: must have the words of the policy, {path!r}, got {other!r} with others; choose a model that was trained from the same one")
+    if context_of(other) < context_of(path):
+        raise ValueError(f"{field}: must take sequences of {context_of(path)} tokens, as the policy {path!r} does, got {other!r} of {context_of(other)}")
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, changed: Mapping[str, Tensor] | None = None) -> None:
+    """Write safetensors, config and tokenizer as `from_pretrained` reads them. changed: values of parameters, by name, to be written instead of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     # Copies: a sharded learner's parameters are views of one flat storage, which safetensors would take for tied weights.
-    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    parameters = {name: (changed or {}).get(name, p).detach().to(p.dtype, copy=True) for name, p in model.named_parameters()}
     buffers = {name: t for name, t in model.state_dict().items() if name in dict(model.named_buffers())}
     model.save_pretrained(folder, state_dict=parameters | buffers)
     tokenizer.save_pretrained(folder)
@@ -225,7 +248,7 @@ def _config_of(path: str) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = "" if Path(path).is_dir() else "no such folder is here, and of the hub: "
-        raise ValueError(f"model.path: must be a folder or hub name of a causal language model, got {path!r}: {where}{_first_line(error)}") from error
+        raise ValueError(f"model.path: must be a folder or hub name of a causal language model, got {path!r}: {where}{first_line(error)}") from error
 
 
 def _check_head(model: Any, path: str) -> None:
@@ -234,7 +257,7 @@ def _check_head(model: Any, path: str) -> None:
     if problem:
         raise ValueError(
             "model.path: must be a causal language model whose logits are its output head of its final hidden states, "
-            f"got {path!r} (family {model.config.model_type}), {problem}; {_REMEDY}"
+            f"got {path!r} (family {model.config.model_type}), {problem}; {REMEDY}"
         )
 
 
@@ -260,7 +283,7 @@ def _head_problem(model: Any) -> str:
 def _replace_attention(model: Any, attention: str, path: str) -> None:
     model.set_attn_implementation(attention)
     if model.config._attn_implementation != attention:  # transformers only logs that it could not
-        raise ValueError(f"model.path: must be of a family whose attention can be replaced, got {path!r} (family {model.config.model_type}); {_REMEDY}")
+        raise ValueError(f"model.path: must be of a family whose attention can be replaced, got {path!r} (family {model.config.model_type}); {REMEDY}")
 
 
 def quiet_transformers() -> None:
@@ -272,5 +295,5 @@ def quiet_transformers() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

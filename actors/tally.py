@@ -15,12 +15,13 @@ from actors.objective import ActionTokens
 class UpdateReport:
     """What one step's updates did, the same on every rank.
 
-    samples:          rollouts trained on, over all ranks.
+    samples:          rollouts, or comparisons, trained on, over all ranks.
     updates, skipped: optimiser steps taken, and dropped because a gradient was not finite.
     loss:             mean over minibatches. statistics: the objective's, means over action_tokens, counted once an epoch; those called *_max are maxima.
     grad_norm, grad_norm_max: before clipping, over the steps taken.
-    ratio_deviation:  max |exp(new - proximal) - 1| over the first minibatch before any update; 0 for the critic, which has no ratio.
-    logprob_gap, logprob_gap_max: mean and max of |new - sampled| there; 0 for the critic.
+    ratio_deviation:  max |exp(new - proximal) - 1| over the first minibatch before any update; 0 for all but the policy, which have no ratio.
+    logprob_gap, logprob_gap_max: mean and max of |new - sampled| there; 0 for all but the policy.
+    action_tokens:    of all epochs; of a reward model, comparisons.
     """
 
     samples: int
@@ -42,7 +43,7 @@ class Tally:
     """Sums over micro-batches, kept in float64 on the device and brought together over ranks once, at the end."""
 
     def __init__(self, device: torch.device, *, epochs: int, tokens: int) -> None:
-        """tokens: action tokens of all ranks and epochs."""
+        """tokens: action tokens, or comparisons, of all ranks and epochs: what statistics are means over."""
         self._epochs = epochs
         self._tokens = tokens
         self._rows = 0

@@ -45,12 +45,12 @@ class StageSpec:
 
 
 SPECS: dict[StageName, StageSpec] = {
-    "sft": StageSpec(reads=("task", "data", "seed", "model", "finetune"), data=("model", "demonstrations"), made=("finetuned",), workings=("sft",)),
+    "sft": StageSpec(reads=("task", "data", "seed", "model", "finetune"), data=("model", "demonstrations"), made=("finetuned",), workings=("sft", "start")),
     "reward": StageSpec(
         reads=("task", "data", "seed", "model", "reward_model", "reward.function", "sampling"),
         data=("model", "comparisons"),
         made=("reward-model", "reward-model.json", "comparisons.parquet"),
-        workings=("reward",),
+        workings=("reward", "heldout-comparisons.parquet"),
     ),
     "rl": StageSpec(
         reads=(

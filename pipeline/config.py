@@ -241,7 +241,9 @@ def _reward_rules(config: RunConfig) -> None:
         raise ValueError(f"reward.model: must be left out when reward_model.epochs is {trained.epochs}, got {reward.model!r}; a run has one reward model")
     if reward.label is not None and not reward.model:
         raise ValueError(f"reward.label: must be left out without reward.model, got {reward.label}; it is the number of one of that model's outputs")
-    if trained.epochs and trained.pairs == "task" and config.task == "files" and not config.data.comparisons:
+    if trained.epochs and config.task == "files" and trained.pairs == "sampled" and not reward.function:
+        raise ValueError("reward.function: must be given when reward_model.pairs is sampled and task is files; it says which sampled reply is better")
+    if trained.epochs and config.task == "files" and trained.pairs == "task" and not config.data.comparisons:
         raise ValueError(
             "data.comparisons: must be given to train a reward model, got none; give it, or sample pairs with reward_model.pairs and reward.function"
         )

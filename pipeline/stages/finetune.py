@@ -3,7 +3,7 @@
     L_t = -log pi(a_t|s_t) on the tokens of the response; prompt tokens carry no loss.
 
 A demonstration is an experience whose actions are the demonstrated tokens, so nothing here trains: the stage only
-lays out tables and says what is measured on held-out ones.
+lays out tables and says what is measured on the held-out one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from actors import ragged
-from actors.experience import Experience
+from actors.experience import Experience, Rollouts
 from cluster.session import Session
-from pipeline.config import ModelConfig, RunConfig
+from pipeline.config import RunConfig
 from pipeline.data.encode import encode_demonstrations
 from pipeline.observe.progress import Progress
 from pipeline.stages.loop import MAX_LOSS, Job, Measured
-from pipeline.stages.tables import Tables, cache_of, context_limit, told
 from pipeline.stages.trainer import fit
 from pipeline.tasks.task import SPLITS, Task, task_of
 
@@ -33,6 +32,9 @@ if TYPE_CHECKING:
 
     from actors.learner import Learner
     from actors.objective import ActionTokens
+
+CACHE = "cache"  # beside the run, shared with others: texts in tokens, by their content
+START = "start"  # in the run: the new model it begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Perplexity:
     """Of held-out responses: exp of the mean negative log-probability of a token."""
 
     def __call__(self, learner: Learner, heldout: pa.Table) -> Measured:
-        loss = -learner.infer(heldout)[0].mean
+        loss = -learner.infer(heldout.select(Rollouts.schema.names).cast(Rollouts.schema))[0].mean
         perplexity = math.exp(loss) if loss < MAX_LOSS else math.inf
         return Measured(loss=loss, values={"heldout_loss": loss, "perplexity": perplexity}, text=f"held-out perplexity {perplexity:.1f}")
 
@@ -65,34 +67,34 @@ class Finetuned:
 def finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progress) -> Finetuned:
     """Make the model of the recipe (new or given) imitate the task. Returns the folder `run_dir/finetuned`; what led there is in `run_dir/sft`.
 
-    Raises RunError; called again, it goes on from the last checkpoint.
+    Raises ValueError for data that will not do, RunError for what fails on the way; called again, it goes on from the last checkpoint.
     """
-    folder, chosen, task = run_dir / "finetuned", config.finetune, task_of(config)
-    progress.stage("read demonstrations", 1)
-    start = config.model.path or _new_tokenizer(task, config.model, run_dir / "start")
-    context = context_limit(config)
-    tables = {split: encode_demonstrations(task, split, start, context, cache_of(run_dir)) for split in SPLITS}
+    from actors.model import context_of
+
+    progress.stage("tokenise demonstrations", 1)
+    folder, chosen = run_dir / "finetuned", config.finetune
+    task = task_of(config)
+    model = config.model.path or str(_new_model(config, task, run_dir / START))
+    train, heldout = (encode_demonstrations(task, split, model, context_of(model), run_dir.parent / CACHE) for split in SPLITS)
+    if excluded := len(train.excluded) + len(heldout.excluded):
+        everything = train.rows + heldout.rows + excluded
+        progress.remark(f"{excluded} of {everything} demonstrations are longer than the model's context and left out")
     job = Job(
         name="sft",
         title="fine-tune",
         section="finetune",
         role="policy",
-        prepare=Tables(
-            train=tables["train"].path,
-            heldout=tables["heldout"].path,
-            is_rollouts=True,
-            start=start,
-            new=None if config.model.path else config.model,
-            seed=config.seed,
-            remark=told(tables, "demonstrations", context),
-        ),
+        model=model,
+        train=train.path.absolute(),
+        heldout=heldout.path.absolute(),
+        rows=train.rows,
+        best=folder.absolute(),
         learner=chosen.learner,
         objective=Imitation(),
         measure=Perplexity(),
-        best=folder.absolute(),
         epochs=chosen.epochs,
         early_stop=chosen.early_stop,
-        rows=chosen.batch_size,
+        batch=chosen.batch_size,
         checkpoint_every=chosen.checkpoint_every,
         seed=config.seed,
     )
@@ -101,12 +103,16 @@ def finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progr
     return Finetuned(folder=folder, perplexity_before=before, perplexity=best)
 
 
-def _new_tokenizer(task: Task, model: ModelConfig, folder: Path) -> str:
-    """The tokenizer of a model that is still to be made; the same again where there is one."""
-    if not (folder / "tokenizer_config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        task.build_tokenizer(folder, model.vocabulary)
-    return str(folder.absolute())
+def _new_model(config: RunConfig, task: Task, folder: Path) -> Path:
+    """A GPT-2 of the recipe's shape with random weights, and a tokenizer of the task's text: the folder."""
+    from actors.model import load_tokenizer, new_gpt2
+
+    folder, shape = folder.absolute(), config.model
+    folder.mkdir(parents=True, exist_ok=True)
+    task.build_tokenizer(folder, shape.vocabulary)
+    sizes = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "context": shape.context}
+    new_gpt2(load_tokenizer(str(folder)), **sizes, seed=config.seed).save_pretrained(folder)
+    return folder
 
 
 def demonstrated(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Experience:

@@ -1,6 +1,6 @@
 """What every worker of a training does, from the tables to the exported weights: the same on all ranks, each with a learner of its own.
 
-    prepare -> connect -> [restore] -> measure -> (update -> measure -> export the best -> checkpoint) ... -> finish
+    connect -> [restore] -> measure -> (update -> measure -> export the best -> checkpoint) ... -> finish
 
 A *part* is as many updates as `checkpoint_every` allows within one epoch. It is the unit of progress, and of what a lost worker costs: where a
 training stands is written down with the learners' shards, and what follows from there is the same to the bit, because an update depends on the
@@ -30,32 +30,7 @@ if TYPE_CHECKING:
     from actors.learner import Learner
 
 STANDING = "standing.json"
-TRAIN, HELDOUT = "train.parquet", "heldout.parquet"
-_PREPARED = "prepared.json"
 MAX_LOSS = 700.0  # nats: exp of more is no float64, and a uniform guess among a million words has 14
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What a preparation has left in its folder: `train.parquet` and `heldout.parquet`, with so many rows, and how many are excluded.
-
-    model: folder or name of the weights to begin from. remark: what a person should hear of it, in one line.
-    """
-
-    train: int
-    heldout: int
-    model: str
-    excluded: int = 0
-    remark: str = ""
-
-
-class Prepare(Protocol):
-    """Makes the tables, and the model if there is none. A frozen dataclass: its fields, as `repr` shows them, decide whether a training is another one.
-
-    Raises ValueError for data that will not do.
-    """
-
-    def __call__(self, folder: Path) -> Prepared: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,15 +43,18 @@ class Measured:
 
 
 class Measure(Protocol):
-    """Called on all ranks together, and the same on all of them. A frozen dataclass, as `Prepare` is."""
+    """Called on all ranks together, and the same on all of them. A frozen dataclass: its `repr` is part of what decides whether a job is another one."""
 
     def __call__(self, learner: Learner, heldout: pa.Table) -> Measured: ...
 
 
 class Finish(Protocol):
-    """Called on all ranks once the best weights are exported to `best`; what rank 0 returns (JSON values) is the training's `outcome`."""
+    """Called on rank 0 once the best weights are in `job.best`; what it returns (JSON values) is the training's outcome. A frozen dataclass, too.
 
-    def __call__(self, job: Job, prepared: Prepared, rank: int, ranks: int) -> dict[str, Any]: ...
+    say: to be told how far it is, again and again.
+    """
+
+    def __call__(self, job: Job, standing: Standing, say: Callable[[str], None]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,35 +62,51 @@ class Job:
     """One training: everything that its result depends on.
 
     name: in messages and of log files. title: of the progress bar. section: of the recipe, for remedies.
-    best: folder that the best weights so far are exported to. rows: of one optimiser step.
-    checkpoint_every: updates of a part, and between two checkpoints at least.
+    model: folder or hub name of the weights to begin from. best: folder that the best weights so far are exported to.
+    train, heldout: Parquet files that every worker can read; train has `rows` rows. reference: the learner's own, see there.
+    batch: rows of one optimiser step. checkpoint_every: updates of a part, and between two checkpoints at least.
     """
 
     name: str
     title: str
     section: str
     role: Literal["policy", "reward"]
-    prepare: Prepare
+    model: str
+    train: Path
+    heldout: Path
+    rows: int
+    best: Path
     learner: LearnerConfig
     objective: Any
     measure: Measure
-    best: Path
     epochs: int
     early_stop: bool
-    rows: int
+    batch: int
     checkpoint_every: int
     seed: int
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    reference: str = ""
     finish: Finish | None = None
+
+    @property
+    def minibatches(self) -> int:
+        """Updates of one epoch."""
+        return math.ceil(self.rows / self.batch)
+
+    @property
+    def parts(self) -> int:
+        """Of the whole training, unless it stops early."""
+        return self.epochs * math.ceil(self.minibatches / self.checkpoint_every)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """How far a training is. epoch, done: `done` updates of epoch number `epoch` are made. before, best: held-out loss before training, and of the
-    weights that are exported. saved: updates behind the last checkpoint. over: nothing is left to train."""
+    weights that are exported, whose `scale` is what `Learner.export` returned. saved: updates behind the last checkpoint. over: nothing is left to train.
+    """
 
     before: Measured
     best: Measured
+    scale: float
     epoch: int = 0
     done: int = 0
     saved: int = 0
@@ -144,12 +138,12 @@ class Keeper(Protocol):
 class Course:
     """A training under way, on one rank."""
 
-    def __init__(self, job: Job, learner: Learner, prepared: Prepared, tables: tuple[pa.Table, pa.Table], signs: Signs, keeper: Keeper) -> None:
-        """learner: connected, with the weights to begin from. tables: to train on, and held out."""
+    def __init__(self, job: Job, learner: Learner, train: pa.Table, heldout: pa.Table, signs: Signs, keeper: Keeper) -> None:
+        """learner: connected, with the weights to begin from."""
         self.job = job
         self.learner = learner
-        self.minibatches = minibatches(job, prepared)
-        self._train, self._heldout = tables
+        self._train = train
+        self._heldout = heldout
         self._signs = signs
         self._keeper = keeper
         self._is_first = learner.rank == 0
@@ -176,23 +170,23 @@ class Course:
         if self._is_first:
             self._signs.restart(())
         before = self._measured("measure", "Check the weights it begins from.")
-        self._export()  # a model that training cannot improve is kept as it is
-        return Standing(before=before, best=before)
+        scale = self._export()  # a model that training cannot improve is kept as it is
+        return Standing(before=before, best=before, scale=scale)
 
     def _part(self, standing: Standing) -> Standing:
         """As many updates as make a part; at the end of an epoch, also what follows from its held-out loss."""
         from actors.learner import UpdatePlan
 
         job, epoch, done = self.job, standing.epoch, standing.done
-        count = min(job.checkpoint_every, self.minibatches - done)
-        self._enter(f"epoch {epoch + 1}, updates {done + 1}-{done + count} of {self.minibatches}")
-        plan = UpdatePlan(step=epoch, epochs=1, minibatches=self.minibatches, seed=job.seed, aggregation=job.aggregation, first=done, count=count)
+        count = min(job.checkpoint_every, job.minibatches - done)
+        self._enter(f"epoch {epoch + 1}, updates {done + 1}-{done + count} of {job.minibatches}")
+        plan = UpdatePlan(step=epoch, epochs=1, minibatches=job.minibatches, seed=job.seed, aggregation="token_mean", first=done, count=count)
         report = self.learner.update(self._train, plan)
         if not report.loss < MAX_LOSS:
-            raise _diverged(job, self._signs.phase.name, report.loss, _remedy(job))
+            raise _diverged(job, self._signs.phase, report.loss, _remedy(job))
         record: Record = {
             "epoch": epoch + 1,
-            "updates": epoch * self.minibatches + done + count,
+            "updates": epoch * job.minibatches + done + count,
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "skipped": report.skipped,
@@ -200,7 +194,7 @@ class Course:
             "seconds": report.seconds,
             "text": f"loss {report.loss:.3f}",
         }
-        if done + count < self.minibatches:
+        if done + count < job.minibatches:
             return self._kept(replace(standing, done=done + count), record)
         return self._epoch_done(standing, record)
 
@@ -208,10 +202,9 @@ class Course:
         job, epoch = self.job, standing.epoch + 1
         now = self._measured(f"measure after epoch {epoch}", _remedy(job))
         worse, last = job.early_stop and now.loss >= standing.best.loss, epoch == job.epochs
-        if not worse and (job.early_stop or last):
-            self._export()
+        scale = self._export() if not worse and (job.early_stop or last) else standing.scale
         best = standing.best if worse else now
-        after = replace(standing, epoch=epoch, done=0, best=best, over=worse or last)
+        after = replace(standing, epoch=epoch, done=0, best=best, scale=scale, over=worse or last)
         return self._kept(after, {**record, **now.values, "text": f"{record['text']}  {now.text}"})
 
     def _kept(self, standing: Standing, record: Record) -> Standing:
@@ -239,23 +232,13 @@ class Course:
         if self._is_first:
             (folder / STANDING).write_text(standing.to_text(), encoding="utf-8")
 
-    def _export(self) -> None:
+    def _export(self) -> float:
         self._enter("export")
-        self.learner.export(str(self.job.best))
+        return self.learner.export(str(self.job.best))
 
     def _enter(self, phase: str) -> None:
         if self._is_first:
             self._signs.enter(phase)
-
-
-def minibatches(job: Job, prepared: Prepared) -> int:
-    """Updates of one epoch."""
-    return math.ceil(prepared.train / job.rows)
-
-
-def parts(job: Job, prepared: Prepared) -> int:
-    """Of the whole training, unless it stops early."""
-    return job.epochs * math.ceil(minibatches(job, prepared) / job.checkpoint_every)
 
 
 def _diverged(job: Job, phase: str, loss: float, remedy: str) -> RunError:
@@ -266,24 +249,6 @@ def _remedy(job: Job) -> str:
     return f"Lower {job.section}.learner.learning_rate, now {job.learner.learning_rate:g}."
 
 
-def prepared_in(folder: Path) -> Prepared | None:
-    """What a preparation has left here, once it is complete."""
-    path = folder / _PREPARED
-    return Prepared(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
-def prepare_in(folder: Path, prepare: Prepare) -> Prepared:
-    """Prepare, unless that is done."""
-    if (found := prepared_in(folder)) is not None:
-        return found
-    prepared = prepare(folder)
-    draft = folder / f".{_PREPARED}"
-    draft.write_text(json.dumps(asdict(prepared)), encoding="utf-8")
-    draft.replace(folder / _PREPARED)
-    return prepared
-
-
-def tables_in(folder: Path) -> tuple[pa.Table, pa.Table]:
-    """(to train on, held out), mapped into memory where Parquet allows it."""
-    train, heldout = (pq.read_table(folder / name, memory_map=True, partitioning=None) for name in (TRAIN, HELDOUT))
-    return train, heldout
+def read_table(path: Path) -> pa.Table:
+    """Mapped into memory where Parquet allows it."""
+    return pq.read_table(path, memory_map=True, partitioning=None)

@@ -28,15 +28,6 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """What rank 0 does. parts: those of the whole training, 0 as long as nobody knows. remark: what a person should hear of the data."""
-
-    name: str
-    parts: int = 0
-    remark: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
     """A rank's process."""
 
@@ -73,15 +64,14 @@ class Signs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.phase = Phase(name="start")
+        self.phase = "start"
 
     # ---- a worker ----
 
-    def enter(self, name: str, *, parts: int | None = None, remark: str | None = None) -> None:
-        """Rank 0 begins something else; what is not given stays as it was."""
-        before = self.phase
-        self.phase = Phase(name=name, parts=before.parts if parts is None else parts, remark=before.remark if remark is None else remark)
-        self._put(_PHASE, asdict(self.phase))
+    def enter(self, phase: str) -> None:
+        """Rank 0 begins something else."""
+        self.phase = phase
+        self._put(_PHASE, {"name": phase})
 
     def appear(self, rank: int) -> None:
         self._put(f"worker-{rank}.json", asdict(Worker(rank=rank, pid=os.getpid(), node=socket.gethostname())))
@@ -106,9 +96,8 @@ class Signs:
         for path in (self.folder / _PHASE, *self.folder.glob("worker-*.json"), *self.folder.glob("error-*.json")):
             path.unlink(missing_ok=True)
 
-    def read_phase(self) -> Phase:
-        found = self._get(_PHASE)
-        return Phase(**found) if found else Phase(name="start")
+    def read_phase(self) -> str:
+        return str((self._get(_PHASE) or {"name": "start"})["name"])
 
     def read_metrics(self) -> list[Record]:
         """The parts that are done; a line that is being written is not one yet."""

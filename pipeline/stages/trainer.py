@@ -41,7 +41,7 @@ from cluster.spawn import settle
 from pipeline.config import RunConfig
 from pipeline.observe.progress import Progress
 from pipeline.roles import place
-from pipeline.stages.loop import Course, Job, Prepared, Standing, parts, prepare_in, prepared_in, tables_in
+from pipeline.stages.loop import Course, Job, Standing, read_table
 from pipeline.stages.signs import Failure, Record, Signs
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ _LOOK_S = 0.1  # between two looks at the signs
 class Fitted:
     """A training that is over. outcome: what its `finish` found."""
 
-    prepared: Prepared
     standing: Standing
     outcome: dict[str, Any]
 
@@ -76,7 +75,6 @@ class _Order:
     packages: tuple[str, ...]
     threads: int
     peer_timeout_s: float
-    prepare_timeout_s: float
 
 
 def fit(job: Job, config: RunConfig, session: Session, folder: Path, progress: Progress) -> Fitted:
@@ -98,15 +96,12 @@ def fit(job: Job, config: RunConfig, session: Session, folder: Path, progress: P
         packages=session.packages,
         threads=placement.slot(job.name, 0).threads,
         peer_timeout_s=config.cluster.peer_timeout_s,
-        prepare_timeout_s=config.cluster.call_timeout_s,
     )
-    progress.stage(f"start to {job.title}", 1)
+    progress.stage(job.title, job.parts)
     is_alone = len(session.nodes()) == 1
     with _environment(_settings(config.cluster, is_alone)):
         result = _watched(order, _trainer(order, placement, config.cluster, is_alone), config.cluster, signs, progress)
-    prepared = prepared_in(folder)
-    assert prepared is not None
-    return Fitted(prepared=prepared, standing=Standing.from_text(result["standing"]), outcome=result["outcome"])
+    return Fitted(standing=Standing.from_text(result["standing"]), outcome=result["outcome"])
 
 
 def _claim(folder: Path, job: Job) -> None:
@@ -229,7 +224,6 @@ class _Watch:
         self._at = time.monotonic()
         self._logged: set[Any] = set()
         self._shown = 0
-        self._parts = 0
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -263,7 +257,7 @@ class _Watch:
             return None
         keys = "cluster.call_timeout_s" if started else "cluster.place_timeout_s and cluster.ready_timeout_s"
         remedy = f"If it only takes long, raise {keys}" + (f", or lower {self._job.section}.checkpoint_every." if started else ".")
-        return RunError(self._job.name, self._signs.read_phase().name, f"no sign of progress for {now - self._at:.0f} s", remedy)
+        return RunError(self._job.name, self._signs.read_phase(), f"no sign of progress for {now - self._at:.0f} s", remedy)
 
     def _show(self) -> tuple[Any, ...]:
         """All signs there are; what is new of them is shown and logged."""
@@ -272,31 +266,21 @@ class _Watch:
             if worker not in self._logged:
                 self._logged.add(worker)
                 log.info("%s[%d] ready: pid %d on %s", self._job.name, worker.rank, worker.pid, worker.node)
-        if phase.parts and not self._parts:
-            self._parts = phase.parts
-            if phase.remark:
-                self._progress.remark(phase.remark)
-            self._progress.stage(self._job.title, phase.parts)
-            self._rewind(len(records))
-        self._progress.phase(phase.name)
-        if self._parts:
-            if len(records) < self._shown:  # taken back to a checkpoint
-                self._rewind(len(records))
-            for record in records[self._shown :]:
-                self._progress.advance(record["text"])
-            self._shown = len(records)
+        self._progress.phase(phase)
+        if len(records) < self._shown or (records and not self._shown):  # taken back to a checkpoint, or gone on from one
+            self._shown = max(len(records) - 1, 0)
+            self._progress.rewind(self._shown)
+        for record in records[self._shown :]:
+            self._progress.advance(record["text"])
+        self._shown = len(records)
         return phase, workers, len(records)
-
-    def _rewind(self, done: int) -> None:
-        self._progress.rewind(done)
-        self._shown = done
 
 
 def _explained(job: Job, signs: Signs, error: Exception) -> RunError:
     """Why Ray Train gave up, in the words of what was behind it."""
     from ray.train import ControllerError, WorkerGroupError
 
-    phase, cause = signs.read_phase().name, error
+    phase, cause = signs.read_phase(), error
     if isinstance(error, WorkerGroupError):
         rank, cause = min(error.worker_failures.items())
         return RunError(f"{job.name}[{rank}]", phase, f"{classify(cause).value}:\n{last_lines(cause)}\n", "See its log, and cluster.max_rebuilds.")
@@ -332,7 +316,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | Failure | None:
         traceback.print_exc()
         if classify(error).of_a_process:
             raise
-        failure = Failure.of(error, who, signs.phase.name)
+        failure = Failure.of(error, who, signs.phase)
         with contextlib.suppress(OSError):  # the disk may be what is full
             signs.fail(rank, failure)
         return failure
@@ -342,41 +326,27 @@ def _work(order: _Order, rank: int, ranks: int, signs: Signs) -> dict[str, Any]:
     from actors.learner import Learner
 
     job = order.job
-    prepared = _prepared(order, rank, signs)
     if rank == 0:
-        signs.enter("load the model", parts=parts(job, prepared), remark=prepared.remark)
+        signs.enter("load the model")
     learner = Learner(
-        role=job.role,  # type: ignore[arg-type]
+        role=job.role,
         rank=rank,
         ranks=ranks,
-        path=prepared.model,
+        path=job.model,
         config=job.learner,
         temperature=1.0,
         objective=job.objective,
-        total_updates=job.epochs * -(-prepared.train // job.rows),
+        total_updates=job.epochs * job.minibatches,
         seed=job.seed,
         timeout_s=order.peer_timeout_s,
+        reference=job.reference,
     )
     learner.connect()
-    standing = Course(job, learner, prepared, tables_in(order.folder), signs, _RayKeeper()).run()
-    del learner  # its memory is the next one's
-    if rank == 0:
-        signs.enter("finish")
-    outcome = job.finish(job, prepared, rank, ranks) if job.finish else {}
+    standing = Course(job, learner, read_table(job.train), read_table(job.heldout), signs, _RayKeeper()).run()
+    outcome: dict[str, Any] = {}
+    if rank == 0 and job.finish is not None:
+        outcome = job.finish(job, standing, signs.enter)
     return {"standing": standing.to_text(), "outcome": outcome}
-
-
-def _prepared(order: _Order, rank: int, signs: Signs) -> Prepared:
-    """Rank 0 prepares; the others wait for its file rather than in a collective, whose deadline is for less."""
-    if rank == 0:
-        signs.enter("prepare")
-        return prepare_in(order.folder, order.job.prepare)
-    deadline = time.monotonic() + order.prepare_timeout_s
-    while (found := prepared_in(order.folder)) is None:
-        if time.monotonic() > deadline:
-            raise RunError(f"{order.job.name}[{rank}]", "prepare", f"rank 0 has prepared nothing in {order.folder} that this node can see")
-        time.sleep(_LOOK_S)
-    return found
 
 
 class _RayKeeper:
