@@ -350,7 +350,7 @@ def load(path: Path, algorithm: str = "", *, checked: bool = True) -> RunConfig:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, every default spelled out."""
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
 
 
 def explain(error: ValidationError) -> str:
