@@ -37,7 +37,7 @@ HARMLESS: dict[str, str] = {
             "max_attempts", "max_replacements", "max_rebuilds",
         )
     },
-    **{f"{role}.{key}": _ROUNDING for role in ("policy", "critic") for key in ("ranks", "gpus", "zero_stage", "micro_batch_size")},
+    **{f"{role}.{key}": _ROUNDING for role in ("policy", "critic") for key in ("ranks", "gpus", "zero_stage", "micro_batch_size", "pack_tokens")},
 }  # fmt: skip
 
 

@@ -29,10 +29,10 @@ def check_data(config: RunConfig, task: Task) -> None:
 def asked(config: RunConfig, task: Task, model: str) -> Asked:
     """The prompts of a run whose policy starts from `model`, a folder or hub name.
 
-    Raises ValueError when the model cannot be read, when it and its tokenizer do not belong together, when there are no prompts, or naming
-    the first that is too long.
+    Raises ValueError when the model cannot be read, when it and its tokenizer, or it and the reward model that the critic begins
+    from, do not belong together, when there are no prompts, or naming the first that is too long.
     """
-    from actors.model import check_model, context_of, load_tokenizer, vocabulary_of
+    from actors.model import check_model, check_same_words, context_of, load_tokenizer, vocabulary_of
 
     check_model(model)
     context, vocabulary, tokenizer = context_of(model), vocabulary_of(model), load_tokenizer(model)
@@ -41,6 +41,8 @@ def asked(config: RunConfig, task: Task, model: str) -> Asked:
             f"model.path: must have at least as many embeddings as its tokenizer has tokens, got {vocabulary} and {len(tokenizer)} in {model!r}; "
             "give it its own tokenizer, or resize its embeddings"
         )
+    if config.critic.start == "reward" and config.algorithm.needs_critic:
+        check_same_words(model, config.reward.model, "critic.start")
 
     def stream(split: Split, seed: int) -> PromptStream:
         return PromptStream(
