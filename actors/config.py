@@ -137,3 +137,10 @@ class LearnerConfig(Config):
 
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm above which the gradient is scaled down; 0 turns clipping off."""
+
+
+class CriticConfig(LearnerConfig):
+    """The gang that trains the value model."""
+
+    start: Literal["policy", "reward"] = "policy"
+    """What the value model begins as: the policy's trunk under a head of zeros, or the reward model, head and all (Huang et al. 2023, detail 8)."""

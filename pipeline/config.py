@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 from pydantic import Field, ValidationError
 
-from actors.config import LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
+from actors.config import CriticConfig, LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
 from cluster.config import ClusterConfig, Config
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.registry import AnyAlgorithm
@@ -178,7 +178,7 @@ class RunConfig(Config):
     reward: RewardConfig = RewardConfig()
     reference: ReferenceConfig = ReferenceConfig()
     policy: LearnerConfig = LearnerConfig()
-    critic: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -313,6 +313,8 @@ def _learner_rules(config: RunConfig) -> None:
             raise ValueError(f"{name}.betas: must be >= 0 and < 1, got {learner.betas}; they are AdamW's decay rates, such as (0.9, 0.95)")
         if learner.ranks > 1 and learner.gpus not in (0, 1):
             raise ValueError(f"{name}.gpus: must be 0 or 1 when there are several ranks, got {learner.gpus:g}; each rank needs a GPU of its own")
+    if config.critic.start == "reward" and not (config.reward.model or config.reward_model.epochs):
+        raise ValueError("critic.start: must be 'policy' when there is no reward model, got 'reward'; give reward.model, or train one with reward_model.epochs")
     gpus = {name: learner.gpus for name, learner in learners.items()}
     gpus |= {"rollout": config.rollout.gpus, "reward": config.reward.gpus, "evaluation": config.evaluation.gpus}
     for name, count in gpus.items():

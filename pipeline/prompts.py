@@ -33,10 +33,10 @@ def check_data(config: RunConfig, task: Task) -> None:
 def asked(config: RunConfig, task: Task, model: str) -> Asked:
     """The prompts of a run whose policy starts from `model`, a folder or hub name.
 
-    Raises ValueError when the model cannot be read, when it and its tokenizer do not belong together, when there are no prompts, or naming
-    the first that is too long.
+    Raises ValueError when the model cannot be read, when it and its tokenizer, or it and the reward model that the critic begins
+    from, do not belong together, when there are no prompts, or naming the first that is too long.
     """
-    tokenizer = _tokenizer(model)
+    tokenizer = _tokenizer(config, model)
     return Asked(
         tokenizer=tokenizer,
         train=_stream(config, task, model, tokenizer, "train", config.seed),
@@ -46,12 +46,12 @@ def asked(config: RunConfig, task: Task, model: str) -> Asked:
 
 def heldout(config: RunConfig, task: Task, model: str) -> tuple[Any, PromptStream]:
     """Tokenizer and held-out prompts alone, of the same run; for an evaluation. Raises as `asked` does."""
-    tokenizer = _tokenizer(model)
+    tokenizer = _tokenizer(config, model)
     return tokenizer, _stream(config, task, model, tokenizer, "heldout", 0)
 
 
-def _tokenizer(model: str) -> Any:
-    from actors.model import check_model, load_tokenizer, vocabulary_of
+def _tokenizer(config: RunConfig, model: str) -> Any:
+    from actors.model import check_model, check_same_words, load_tokenizer, vocabulary_of
 
     check_model(model)
     vocabulary, tokenizer = vocabulary_of(model), load_tokenizer(model)
@@ -60,6 +60,8 @@ def _tokenizer(model: str) -> Any:
             f"model.path: must have at least as many embeddings as its tokenizer has tokens, got {vocabulary} and {len(tokenizer)} in {model!r}; "
             "give it its own tokenizer, or resize its embeddings"
         )
+    if config.critic.start == "reward" and config.algorithm.needs_critic and config.reward.model:  # one that is trained here begins from this model
+        check_same_words(model, config.reward.model, "critic.start")
     return tokenizer
 
 

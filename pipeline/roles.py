@@ -136,7 +136,8 @@ class Stage:
 def declare_roles(config: RunConfig, stage: Stage, model: str, reward: RewardConfig) -> Roles:
     """Every pool and gang of reinforcement learning, not yet started.
 
-    model: folder or name of the policy to begin from; it is the reference and the critic's trunk, too. reward: what scores, by function or model.
+    model: folder or name of the policy to begin from; it is the reference and, unless critic.start says otherwise, the critic's trunk, too.
+    reward: what scores, by function or model.
     """
     from actors.learner import Learner
     from actors.reference import ReferenceWorker
@@ -147,9 +148,10 @@ def declare_roles(config: RunConfig, stage: Stage, model: str, reward: RewardCon
     algorithm, temperature = config.algorithm, config.sampling.temperature
     updates = config.steps * config.batch.epochs * config.batch.minibatches
     learner = {"path": model, "temperature": temperature, "objective": algorithm, "total_updates": updates, "seed": config.seed}
+    critic = learner | ({"path": reward.model} if config.critic.start == "reward" else {})
     return Roles(
         policy=stage.gang("policy", config.policy.ranks, config, Learner, role="policy", config=config.policy, **learner),
-        critic=stage.gang("critic", config.critic.ranks, config, Learner, role="critic", config=config.critic, **learner) if algorithm.needs_critic else None,
+        critic=stage.gang("critic", config.critic.ranks, config, Learner, role="critic", config=config.critic, **critic) if algorithm.needs_critic else None,
         rollout=stage.pool(
             "rollout",
             config.rollout.workers,

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.config import LearnerConfig, RolloutConfig, SamplingConfig
+from actors.config import CriticConfig, LearnerConfig, RolloutConfig, SamplingConfig
 from actors.experience import Experience
 from cluster.config import ClusterConfig
 from pipeline.algorithms.ppo import PPO
@@ -41,11 +41,16 @@ def recipe(**changes: Any) -> RunConfig:
         sampling=SamplingConfig(max_new_tokens=9),
         rollout=RolloutConfig(chunk_size=8, slots=8),
         policy=LearnerConfig(learning_rate=1e-3),
-        critic=LearnerConfig(learning_rate=1e-3),
+        critic=CriticConfig(learning_rate=1e-3),
         evaluation=EvaluationConfig(prompts=4),
         cluster=ClusterConfig(cpus_per_bundle=1, peer_timeout_s=10),
     )
     return config.model_copy(update=changes)
+
+
+def both(**settings: Any) -> dict[str, LearnerConfig]:
+    """The same learner for policy and critic."""
+    return {"policy": LearnerConfig(**settings), "critic": CriticConfig(**settings)}
 
 
 def quiet() -> Console:

@@ -34,6 +34,7 @@ from pipeline.tasks.task import PromptText, Split
 from pipeline.tasks.walks import RandomWalks
 from run_helpers import ROOT, environment, quiet
 from test_pipeline_cli import NOWHERE, Said, raylign
+from tiny_models import byte_tokenizer
 
 HERE = "test_pipeline_bad_input"
 SCREEN = 12  # lines
@@ -105,7 +106,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "quits.py").write_text("import sys\nsys.exit('bye')\n")
     (folder / "unknown.toml").write_text('task = "walks"\nsteps = 2\n[batch]\npromts = 3\n')
     (folder / "wrong.toml").write_text('task = "walks"\nsteps = "many"\n[policy]\nlearning_rate = [1]\n')
-    for name in ("good", "empty", "weightless", "wordless", "torn", "garbled", "small", "nan", "judge", "two"):
+    for name in ("good", "empty", "weightless", "wordless", "torn", "garbled", "small", "nan", "judge", "two", "foreign"):
         model(folder / name, name)
     return folder
 
@@ -118,11 +119,14 @@ def model(folder: Path, kind: str) -> None:
     if kind == "empty":
         folder.mkdir()
         return
-    RandomWalks().build_tokenizer(folder, 0)
+    if kind == "foreign":
+        byte_tokenizer().save_pretrained(folder)
+    else:
+        RandomWalks().build_tokenizer(folder, 0)
     shape = GPT2Config(vocab_size=8 if kind == "small" else 64, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=1)
     shape.num_labels = 2 if kind == "two" else 1
     torch.manual_seed(0)
-    made = (GPT2ForSequenceClassification if kind in ("judge", "two") else GPT2LMHeadModel)(shape)
+    made = (GPT2ForSequenceClassification if kind in ("judge", "two", "foreign") else GPT2LMHeadModel)(shape)
     if kind == "nan":
         with torch.no_grad():
             made.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
@@ -218,6 +222,10 @@ AT_ONCE: dict[str, Row] = {
         "train walks --reward.function mine:zero --reward.model judge",
         "reward: must have a function or a model, got both ('mine:zero', 'judge'); remove one",
     ),
+    "a critic from no reward model": (
+        "train walks --critic.start reward",
+        "critic.start: must be 'policy' when there is no reward model, got 'reward'; give reward.model",
+    ),
     "two GPUs for a process": ("train walks --policy.gpus 2", "policy.gpus: must be at most 1, got 2; a process computes on one device"),
     "no such algorithm": ("train walks --algorithm.name grpq", "algorithm.name: must be one of 'ppo' ... 'grpo' ... got 'grpq'"),
     "no such recipe": ("train missing.toml", "recipe: must be a TOML file or one of ... 'quickstart', 'walks'], got 'missing.toml'"),
@@ -293,6 +301,10 @@ NEXT: dict[str, Row] = {
     "no judge's folder": (f"{OLD} good --reward.model ./missing", f"{A_JUDGE}'./missing': there is no such folder"),
     "an empty judge's folder": (f"{OLD} good --reward.model empty", f"{A_JUDGE} ... empty': it has no config.json"),
     "a judge with torn weights": (f"{NEW} --reward.model torn", f"{A_JUDGE} ... torn': model.safetensors is not whole ( ... ); copy it again"),
+    "a critic of other words": (
+        f"{OLD} good --reward.model foreign --critic.start reward",
+        "critic.start: must have the words of the policy, 'good', got ... foreign' with others; choose a model that was trained from the same one",
+    ),
     "a judge of two minds": (f"{NEW} --reward.model two", "reward.model: must have one output, got 2 labels in ... two'; train it with num_labels=1"),
 }
 

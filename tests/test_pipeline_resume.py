@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from actors.config import LearnerConfig
+from actors.config import CriticConfig, LearnerConfig
 from cluster.session import Session
 from pipeline.cli import main
 from pipeline.config import RunConfig, load
@@ -64,8 +64,8 @@ def test_without_a_commit_it_begins_again_with_the_fine_tuned_model(whole: Path,
 @pytest.fixture(scope="module")
 def sharded(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same over two ranks, at two ZeRO stages."""
-    run_dir, ranks = tmp_path_factory.mktemp("runs") / "sharded", LearnerConfig(learning_rate=1e-3, ranks=2, zero_stage=2)
-    train(recipe(policy=ranks, critic=ranks.model_copy(update={"zero_stage": 3})), run_dir, quiet())
+    run_dir, ranks = tmp_path_factory.mktemp("runs") / "sharded", {"learning_rate": 1e-3, "ranks": 2}
+    train(recipe(policy=LearnerConfig(**ranks, zero_stage=2), critic=CriticConfig(**ranks, zero_stage=3)), run_dir, quiet())
     return run_dir
 
 

@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.config import LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
+from actors.config import CriticConfig, LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
 from actors.experience import Experience
 from cluster.config import ClusterConfig
 from cluster.session import Session
 from pipeline.algorithms.ppo import PPO
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
 from pipeline.run import Result, train
+from run_helpers import both
 
 pytestmark = pytest.mark.slow  # they share a run that takes half a minute
 
@@ -49,7 +50,7 @@ def recipe(**changes: Any) -> RunConfig:
         sampling=SamplingConfig(max_new_tokens=9),
         rollout=RolloutConfig(chunk_size=8, slots=8),
         policy=LearnerConfig(learning_rate=1e-3),
-        critic=LearnerConfig(learning_rate=1e-3),
+        critic=CriticConfig(learning_rate=1e-3),
         evaluation=EvaluationConfig(prompts=10),
         cluster=ClusterConfig(cpus_per_bundle=1),
     )
@@ -130,16 +131,14 @@ def test_two_rollout_workers_give_the_samples_of_one_to_the_bit(walker: Path, tm
 
 def test_two_ranks_of_sharded_learners_learn_the_same(walker: Path, tmp_path: Path) -> None:
     """ZeRO 2 on two ranks against one process: same samples in step 0, same losses and norms within float32 sums' accuracy."""
-    sharded = LearnerConfig(learning_rate=1e-3, ranks=2, zero_stage=2, micro_batch_size=5)
-    run(from_walker(walker, policy=sharded, critic=sharded), tmp_path / "two")
+    run(from_walker(walker, **both(learning_rate=1e-3, ranks=2, zero_stage=2, micro_batch_size=5)), tmp_path / "two")
     for a, b in zip(metrics(walker), metrics(tmp_path / "two"), strict=True):
         for key in ("policy/loss", "policy/grad_norm", "critic/loss", "critic/grad_norm", "reward/mean", "kl/per_rollout"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
 
 
 def test_heads_train_on_a_frozen_trunk(walker: Path, tmp_path: Path) -> None:
-    heads = LearnerConfig(learning_rate=1e-2, trainable="heads", zero_stage=0)
-    run(from_walker(walker, policy=heads, critic=heads), tmp_path / "run")
+    run(from_walker(walker, **both(learning_rate=1e-2, trainable="heads", zero_stage=0)), tmp_path / "run")
     before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (walker / "finetuned", tmp_path / "run" / "policy"))
     assert torch.equal(before.transformer.h[0].mlp.c_fc.weight, after.transformer.h[0].mlp.c_fc.weight)
     assert torch.equal(before.transformer.wte.weight, after.transformer.wte.weight)
@@ -147,22 +146,28 @@ def test_heads_train_on_a_frozen_trunk(walker: Path, tmp_path: Path) -> None:
 
 
 def test_bfloat16_throughout(walker: Path, tmp_path: Path) -> None:
-    learner = LearnerConfig(learning_rate=1e-3, dtype="bfloat16")
-    config = from_walker(walker, policy=learner, critic=learner, reference=ReferenceConfig(dtype="bfloat16"))
+    config = from_walker(walker, **both(learning_rate=1e-3, dtype="bfloat16"), reference=ReferenceConfig(dtype="bfloat16"))
     run(config.model_copy(update={"rollout": RolloutConfig(chunk_size=8, slots=8, dtype="bfloat16")}), tmp_path / "run")
     for m in metrics(tmp_path / "run"):
         assert 0 < m["policy/logprob_gap_max"] < 0.5, "sampler and learner differ by bfloat16's rounding, and that is reported"
 
 
-def test_a_classifier_folder_is_a_reward(walker: Path, tmp_path: Path) -> None:
+def test_a_classifier_folder_is_a_reward_and_where_a_critic_may_begin(walker: Path, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     tokenizer = AutoTokenizer.from_pretrained(walker / "finetuned")
     shape = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2, num_labels=1, pad_token_id=tokenizer.pad_token_id)
-    GPT2ForSequenceClassification(shape).save_pretrained(tmp_path / "judge")
+    judge = GPT2ForSequenceClassification(shape).eval()
+    judge.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
-    run(from_walker(walker, reward=RewardConfig(model=str(tmp_path / "judge")), steps=1), tmp_path / "run")
-    assert np.unique(experience(tmp_path / "run", 0).table["reward"].to_numpy()).size > 5
+    critic = CriticConfig(learning_rate=1e-3, start="reward")
+    run(from_walker(walker, reward=RewardConfig(model=str(tmp_path / "judge")), critic=critic, steps=1), tmp_path / "run")
+    table = experience(tmp_path / "run", 0).table
+    assert np.unique(table["reward"].to_numpy()).size > 5
+    tokens, values = table["tokens"][0].as_py(), table["values"][0].as_py()
+    with torch.no_grad():
+        before_last = float(judge(input_ids=torch.tensor([tokens[:-1]])).logits)
+    assert values[-1] == pytest.approx(before_last, abs=1e-4)
 
 
 def test_a_run_folder_in_use_is_refused_and_left_alone(walker: Path) -> None:

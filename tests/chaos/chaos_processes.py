@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from actors.config import LearnerConfig
-from run_helpers import ROOT, assert_same, command, environment, final_commit, learning, pid_of, recipe
+from run_helpers import ROOT, assert_same, both, command, environment, final_commit, learning, pid_of, recipe
 
 VICTIMS = ("rollout[0]", "reward[0]", "reference[0]", "critic[1]", "policy[0]", "rollout[1]", "policy[1]", "critic[0]")
 
@@ -35,8 +34,7 @@ def place() -> Iterator[Path]:
 
 def settings(**changes: Any) -> str:
     """Two ranks a learner, two rollout workers, steps long enough to be hit in the middle."""
-    ranks = LearnerConfig(learning_rate=1e-3, ranks=2, zero_stage=2, micro_batch_size=4)
-    config = recipe(steps=60, commit_every=3, policy=ranks, critic=ranks, **changes)
+    config = recipe(steps=60, commit_every=3, **both(learning_rate=1e-3, ranks=2, zero_stage=2, micro_batch_size=4), **changes)
     config = config.model_copy(
         update={
             "rollout": config.rollout.model_copy(update={"workers": 2}),
