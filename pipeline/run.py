@@ -27,7 +27,7 @@ from cluster.session import Session
 from cluster.storage import Folder
 from pipeline.changes import check_changes
 from pipeline.checkpoint import Checkpoints, Commit
-from pipeline.config import RunConfig, check, save
+from pipeline.config import RunConfig, absolute, check, save
 from pipeline.driver import Driver
 from pipeline.evaluation import Evaluation
 from pipeline.observe.journal import Journal
@@ -152,15 +152,10 @@ def resolve(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "cluster": config.cluster.model_copy(update={"cpus_per_bundle": cpus}),
-            "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
-            "reward": config.reward.model_copy(update={"model": _absolute(config.reward.model)}),
+            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
+            "reward": config.reward.model_copy(update={"model": absolute(config.reward.model)}),
         }
     )
-
-
-def _absolute(path: str) -> str:
-    """A folder of this machine by its full name, since workers stand elsewhere; a hub name as it is."""
-    return str(Path(path).absolute()) if path and Path(path).is_dir() else path
 
 
 def _finetune(run: _Run, session: Session) -> Finetuned:

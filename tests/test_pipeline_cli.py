@@ -72,7 +72,7 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fly"], "command: must be quickstart, train, plan, resume, ledger or replay, got 'fly'; see raylign --help"),
+        (["fly"], "command: must be quickstart, train, plan, resume, ledger, replay or evaluate, got 'fly'; see raylign --help"),
         (["train"], f"recipe: `raylign train` needs one, a TOML file or one of {RECIPES}"),
         (["plan", "--steps", "3"], f"recipe: `raylign plan` needs one, a TOML file or one of {RECIPES}"),
         (["train", "walk"], f"recipe: must be a TOML file or one of {RECIPES.split(', ')}, got 'walk'"),
