@@ -403,8 +403,8 @@ def test_the_summary_shows_both_sides_and_where_everything_is(tmp_path: Path) ->
     summary.show(result([1.0, 2.0, 3.0], tmp_path, best_of_n=4), load(recipe_path("walks")), to)
     text = out.getvalue()
     assert re.search(r"prompt 0 +│ no 0 0 +│ yes 0 0 ", text)
-    assert re.search(r"reward by the rule +│ \+1\.750 +\(\+0\.750 to \+2\.750\) +│ \+2\.000 +\(\+1\.000 to \+3\.000\)", text)
-    assert re.search(r"win rate by the rule +│ +│ 50\.0% ", text)
+    assert re.search(r"reward by the rule +│ \+1\.750 \(0\.750 to 2\.750\) +│ \+2\.000 \(1\.000 to 3\.000\)", text)
+    assert re.search(r"win rate by the rule +│ +│ +62\.5% ", text)
     assert re.search(r"KL to the baseline, nats +│ +0 │ +0\.50 +\(0\.50 to 0\.50\)", text)
     assert re.search(r"best-of-n at that KL +│ \+2\.\d+ ", text)
     assert re.search(r"distinct-2 +│ +1\.000 │ +1\.000", text)
@@ -473,9 +473,9 @@ def test_the_report_says_all_and_quotes_replies_as_they_are(tmp_path: Path) -> N
         verdict(found),
         yardstick(found),
         "![reward against KL](frontier.png)",
-        "| reward by the rule | +1.750  (+0.750 to +2.750) | +2.000  (+1.000 to +3.000) |",
-        "| 4 | 0.64 | +2.500 (+1.500 to +3.500) |",
-        "| the policy | 4.00 | +2.000 (+1.000 to +3.000) |",
+        "| reward by the rule | +1.750 (0.750 to 2.750) | +2.000 (1.000 to 3.000) |",
+        "| 4 | 0.64 | +2.500 (1.500 to 3.500) |",
+        "| the policy | 4.00 | +2.000 (1.000 to 3.000) |",
         "- data: [data-report.md](../data-report.md)",
         "- reward model: [reward-model.json](../reward-model.json), accuracy on held-out comparisons 62.5% (50.0% to 75.0%)",
         "| ` prompt 0 ` | ` no # heading ` | `` a \\| b `code` *c* `` |",

@@ -22,6 +22,7 @@ from actors.experience import Experience
 from cluster.config import ClusterConfig
 from cluster.session import Session
 from pipeline.algorithms.ppo import PPO
+from pipeline.cli import main
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
 from pipeline.run import Result, train
 
@@ -94,7 +95,7 @@ def test_the_run_folder_holds_what_is_promised(walker: Path) -> None:
     assert len(evaluation["replies"]) == evaluation["prompts"] == 10
     assert (evaluation["policy"], evaluation["baseline"]) == ("policy", "finetuned"), "as seen from the run's folder"
     assert {"mean", "low", "high"} == evaluation["judges"]["rule"]["gain"].keys()
-    assert evaluation["kl"]["mean"] == pytest.approx(0, abs=0.2)
+    assert abs(evaluation["kl"]["mean"]) < 1, "two steps do not lead far"
     assert len(evaluation["best_of"]["kl"]) == 16
 
 
@@ -190,6 +191,11 @@ def test_evaluation_asks_every_heldout_prompt_once(walker: Path) -> None:
     evaluation = json.loads((walker / "evaluation.json").read_text())
     prompts = [pair["prompt"] for pair in evaluation["replies"]]
     assert len(set(prompts)) == len(prompts) == 10
+
+
+def test_the_evaluate_command_finds_in_a_run_what_the_run_found_to_the_bit(walker: Path) -> None:
+    assert main(["evaluate", str(walker)]) == 0
+    assert (walker / "evaluation-1" / "evaluation.json").read_bytes() == (walker / "evaluation.json").read_bytes()
 
 
 def test_ppo_learns_to_walk(ray_session: Session, tmp_path: Path) -> None:
