@@ -322,6 +322,11 @@ def _learner_rules(config: RunConfig) -> None:
             raise ValueError(f"{name}.gpus: must be at most 1, got {count:g}; a process computes on one device, so use more ranks or workers")
 
 
+def absolute(model: str) -> str:
+    """A model's folder of this machine by its full name, since workers stand elsewhere; a hub name, or none, as it is."""
+    return str(Path(model).absolute()) if model and Path(model).is_dir() else model
+
+
 def recipe_path(recipe: str) -> Path:
     """A recipe by file name, or by the name of one that comes with the package. Raises ValueError listing those."""
     path = Path(recipe)

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import strftime
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, absolute
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,7 @@ class Contest:
             folders = {"policy": "policy", "baseline": "finetuned", "reward-model": "reward-model"}
             found |= {role: str(run_dir / name) for role, name in folders.items() if (run_dir / name).is_dir()}
         named = {"policy": policy, "baseline": baseline, "reward-model": reward_model}
-        models = {role: str(Path(name).absolute()) if Path(name).is_dir() else name for role, name in (found | {r: n for r, n in named.items() if n}).items()}
+        models = {role: absolute(named[role] or found[role]) for role in found}
         for role in ("policy", "baseline"):
             if not models[role]:
                 where = f"{run_dir} has none yet" if run_dir else "a recipe has none"

@@ -27,8 +27,8 @@ from cluster.session import Session
 from pipeline.chain import Chain, StageName
 from pipeline.changes import check_changes
 from pipeline.checkpoint import Checkpoints, Commit
-from pipeline.config import RunConfig, check, save
-from pipeline.data.sources import absolute
+from pipeline.config import RunConfig, absolute, check, save
+from pipeline.data.sources import absolute as absolute_sources
 from pipeline.evaluation import Evaluation
 from pipeline.observe.journal import Journal
 from pipeline.observe.progress import Progress
@@ -261,17 +261,14 @@ def resolve(config: RunConfig) -> RunConfig:
     cpus = config.cluster.cpus_per_bundle or place(config, demands(config)).bundles[0].cpus
     return config.model_copy(
         update={
-            "data": absolute(config.data),
+            "data": absolute_sources(config.data),
             "cluster": config.cluster.model_copy(update={"cpus_per_bundle": cpus}),
-            "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
-            "reward": config.reward.model_copy(update={"model": _absolute(config.reward.model)}),
+            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
+            "reward": config.reward.model_copy(update={"model": absolute(config.reward.model)}),
         }
     )
 
 
-def _absolute(path: str) -> str:
-    """A folder of this machine by its full name, since workers stand elsewhere; a hub name as it is."""
-    return str(Path(path).absolute()) if path and Path(path).is_dir() else path
 
 
 def _cpus(config: RunConfig) -> int:

@@ -385,8 +385,7 @@ def test_a_run_in_use_is_left_alone(begun: Path, warm: Callable[..., Said], tmp_
 
 
 def test_a_finished_run_says_so(begun: Path, warm: Callable[..., Said], tmp_path: Path) -> None:
-    with RunFolder.open(begun) as folder:
-        folder.finish("{}")
+    Folder(begun).write_text("evaluation.json", "{}")
     said = warm("resume", str(begun), cwd=tmp_path)
     assert (said.code, said.err) == (0, "")
     assert said.out == f"this run is finished: 40 steps; the aligned model is {begun}/policy\n"
@@ -497,11 +496,11 @@ FAILS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "a reward that ends its process": (
         lambda _: {"reward": RewardConfig(function=f"{HERE}:ending")},
-        "reward[0] failed during 'evaluation scores 0': the pool has already replaced 0 workers (cluster.max_replacements = 0) ... reward-0.log",
+        "reward[0] failed during 'scoring chunk 0': the pool has already replaced 0 workers (cluster.max_replacements = 0) ... reward-0.log",
     ),
     "weights that are no numbers": (
         lambda user: {"model": ModelConfig(path=str(user / "nan"))},
-        "rollout[0] failed during 'evaluation rollouts 0': ... FloatingPointError: logits of sample ... are not finite ... rollout-0.log",
+        "rollout[0] failed during 'generating chunk 0': ... FloatingPointError: logits of sample ... are not finite ... rollout-0.log",
     ),
     "fine-tuning that diverges": (
         lambda _: {**WALKER, **imitation(diverging())},

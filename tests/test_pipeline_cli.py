@@ -72,7 +72,7 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fly"], "command: must be quickstart, train, plan, resume, ledger or replay, got 'fly'; see raylign --help"),
+        (["fly"], "command: must be quickstart, train, plan, resume, ledger, replay or evaluate, got 'fly'; see raylign --help"),
         (["train"], f"recipe: `raylign train` needs one, a TOML file or one of {RECIPES}"),
         (["plan", "--steps", "3"], f"recipe: `raylign plan` needs one, a TOML file or one of {RECIPES}"),
         (["train", "walk"], f"recipe: must be a TOML file or one of {RECIPES.split(', ')}, got 'walk'"),
@@ -83,6 +83,8 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
             ["plan", "walks", "--algorithm.name", "grpq"],
             "walks.toml: algorithm.name: must be one of 'ppo', 'reinforce', 'reinforce_baseline', 'a2c', 'rloo', 'grpo', 'reinforce_pp', got 'grpq'",
         ),
+        (["evaluate"], "TARGET: `raylign evaluate` needs one, the folder of a run or a recipe"),
+        (["evaluate", "walks", "--baseline", "gpt2"], "--policy: must be given, since a recipe has none; name the folder of a causal language model"),
         (["plan", "walks", "--task", "chess"], "task: must be one of smalltalk, walks, files or an import path package.module:name, got 'chess'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -290,6 +290,10 @@ RULES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         {"batch": {"max_prompt_tokens": 8}},
         "model.context: must be >= batch.max_prompt_tokens + sampling.max_new_tokens = 17, got 16; raise it or shorten one of them",
     ),
+    "an examiner on two GPUs": (
+        {"evaluation": {"gpus": 2.0}},
+        "evaluation.gpus: must be at most 1, got 2; a process computes on one device, so use more ranks or workers",
+    ),
     "a model that knows nothing": (
         {"finetune": {"epochs": 0}},
         "finetune.epochs: must be >= 1 when model.path is empty, got 0; a new model knows no text, so give model.path or fine-tune first",

@@ -1,4 +1,4 @@
-"""Before and after: paired by prompt, with an interval that covers what it claims, and failures left out, never zero."""
+"""A policy against a baseline in numbers: paired by prompt, equal text on both sides, what failed left out and counted."""
 
 from __future__ import annotations
 
@@ -8,132 +8,119 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.evaluation import Comparison, Interval, Report, bootstrap, compare
+from evaluation_helpers import answers, evaluation, measured
+from pipeline.estimates import Interval
+from pipeline.evaluation import Likelihood, assess, judged, side
 
 NAN = math.nan
 
 
-def report(rewards: list[float], *, samples: int = 1, kl: float = NAN, word: str = "reply") -> Report:
-    prompts = [f"prompt {i}" for i in range(len(rewards) // samples)]
-    return Report(
-        samples=samples,
-        prompts=prompts,
-        responses=[f"{word} {i}" for i in range(len(rewards))],
-        rewards=np.array(rewards),
-        kl=kl,
-        distinct_2=0.5,
-        response_tokens=8.0,
-    )
-
-
-def test_a_report_on_disk_is_the_report_to_the_bit() -> None:
-    """It is kept for a run that goes on after it was broken off."""
-    for kl in (NAN, 0.1 + 0.2):
-        before = report([0.1 + 0.2, NAN, 1e-300, -0.0], kl=kl)
-        after = Report.from_text(before.to_text())
-        assert after.rewards.tobytes() == before.rewards.tobytes()
-        assert after.rewards.dtype == np.float64
-        assert repr(after) == repr(before)
-
-
-def test_the_interval_covers_a_known_mean_about_95_times_in_100() -> None:
-    """A skewed distribution of mean 2, 60 values a draw. 190 of 200 are expected; chance alone stays within 178 and 199."""
-    random = np.random.default_rng(0)
-    draws = [random.exponential(2.0, 60) for _ in range(200)]
-    intervals = [bootstrap(values, seed, resamples=1000) for seed, values in enumerate(draws)]
-    assert 178 <= sum(i.low <= 2.0 <= i.high for i in intervals) <= 199
-    assert all(i.low < i.mean < i.high for i in intervals)
-
-
-def test_the_interval_is_as_wide_as_theory_says() -> None:
-    values = np.random.default_rng(1).normal(size=400)
-    interval = bootstrap(values, seed=0)
-    half = 1.96 * values.std() / 20
-    assert interval.mean == pytest.approx(values.mean(), abs=1e-12)
-    assert (interval.low, interval.high) == pytest.approx((interval.mean - half, interval.mean + half), abs=half / 20)
-
-
-def test_the_interval_depends_on_the_seed_alone() -> None:
-    values = np.random.default_rng(2).normal(size=50)
-    assert bootstrap(values, seed=3) == bootstrap(values.copy(), seed=3)
-    assert bootstrap(values, seed=3) != bootstrap(values, seed=4)
-
-
-def test_values_that_do_not_differ_leave_nothing_open() -> None:
-    assert bootstrap(np.full(9, 0.25), seed=0) == Interval(mean=0.25, low=0.25, high=0.25)
-    assert bootstrap(np.array([3.0]), seed=0) == Interval(mean=3.0, low=3.0, high=3.0)
-
-
-def test_a_failed_reward_is_left_out() -> None:
-    values = np.random.default_rng(3).normal(size=20)
-    assert bootstrap(np.concatenate([[NAN], values, [NAN]]), seed=5) == bootstrap(values, seed=5)
-
-
-@pytest.mark.parametrize("values", [[], [NAN, NAN]])
-def test_no_reward_at_all_is_refused(values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"^evaluation: must have at least one scored response, got none; see the reward workers' logs$"):
-        bootstrap(np.array(values), seed=0)
-
-
 def test_the_gain_is_paired() -> None:
     """Prompts differ by hundreds, every one gains exactly 1: the gain is certain though both means are not."""
-    hard_and_easy = [float(100 * i) for i in range(10)]
-    comparison = compare(report(hard_and_easy), report([r + 1 for r in hard_and_easy]), seed=0)
-    assert comparison.gain == Interval(mean=1.0, low=1.0, high=1.0)
-    assert comparison.before_reward.high - comparison.before_reward.low > 100
-    assert (comparison.before_reward.mean, comparison.after_reward.mean) == (450.0, 451.0)
+    hard_and_easy = np.arange(10)[:, None] * 100.0
+    found = judged(hard_and_easy + 1, hard_and_easy, seed=0)
+    assert found.gain == Interval(mean=1.0, low=1.0, high=1.0)
+    assert found.win_rate == Interval(mean=1.0, low=1.0, high=1.0)
+    assert found.baseline.high - found.baseline.low > 100
+    assert (found.baseline.mean, found.policy.mean) == (450.0, 451.0)
 
 
 def test_a_prompt_counts_once_however_often_it_was_sampled() -> None:
-    before, after = report([0, 2, 10, 10], samples=2), report([1, 3, 10, 14], samples=2)
-    comparison = compare(before, after, seed=0)
-    assert before.prompt_rewards.tolist() == [1.0, 10.0]
-    assert (comparison.before_reward.mean, comparison.after_reward.mean, comparison.gain.mean) == (5.5, 7.0, 1.5)
-    assert (comparison.gain.low, comparison.gain.high) == (1.0, 2.0)  # two prompts: each drawn twice is among the resamples
+    found = judged(np.array([[1.0, 3], [10, 14]]), np.array([[0.0, 2, 1], [10, 10, 10]]), seed=0)
+    assert (found.baseline.mean, found.policy.mean, found.gain.mean) == (5.5, 7.0, 1.5)
+    assert (found.gain.low, found.gain.high) == (1.0, 2.0)  # two prompts: each drawn twice is among the resamples
 
 
-def test_a_failure_spoils_its_sample_then_its_prompt_then_its_pair() -> None:
-    before = report([1, NAN, NAN, NAN, 5, 7], samples=2)
-    after = report([2, 4, 3, 3, NAN, NAN], samples=2)
-    assert before.prompt_rewards.tolist() == pytest.approx([1, NAN, 6], nan_ok=True)
-    comparison = compare(before, after, seed=0)
-    assert comparison.before_reward.mean == 3.5
-    assert comparison.after_reward.mean == 3.0
-    assert comparison.gain == Interval(mean=2.0, low=2.0, high=2.0)  # the first prompt is the only one with both
+def test_a_failure_spoils_its_sample_then_its_prompt_then_its_pair_and_is_counted() -> None:
+    found = judged(np.array([[2.0, 4], [3, 3], [NAN, NAN]]), np.array([[1.0, NAN], [NAN, NAN], [5, 7]]), seed=0)
+    assert (found.baseline.mean, found.policy.mean) == (3.5, 3.0)
+    assert found.gain == Interval(mean=2.0, low=2.0, high=2.0)  # the first prompt is the only one with both
+    assert found.failed == 5
 
 
-@pytest.mark.parametrize(("before", "after"), [([NAN, NAN], [1.0, 2.0]), ([1.0, 2.0], [NAN, NAN]), ([NAN, 2.0], [1.0, NAN])])
-def test_without_one_complete_pair_there_is_no_comparison(before: list[float], after: list[float]) -> None:
+@pytest.mark.parametrize(("policy", "baseline"), [([NAN, NAN], [1.0, 2.0]), ([1.0, 2.0], [NAN, NAN]), ([NAN, 2.0], [1.0, NAN])])
+def test_without_one_complete_pair_there_is_no_comparison(policy: list[float], baseline: list[float]) -> None:
     with pytest.raises(ValueError, match="must have at least one scored response"):
-        compare(report(before), report(after), seed=0)
+        judged(np.array(policy)[:, None], np.array(baseline)[:, None], seed=0)
 
 
-def test_different_prompts_cannot_be_compared() -> None:
-    with pytest.raises(AssertionError, match="the same prompts"):
-        compare(report([1, 2]), report([1, 2, 3]), seed=0)
+def test_against_itself_nothing_is_gained_and_half_is_won() -> None:
+    rewards = [[0.5, -1.0], [2.0, 2.0], [0.0, 1.0]]
+    found = evaluation(rewards, rewards, kl=0.0, best_of_n=2)
+    for value, expected in ((found.optimised.gain, 0.0), (found.optimised.win_rate, 0.5), (found.kl, 0.0), (found.kl_per_token, 0.0)):
+        assert (value.low, value.mean, value.high) == (expected,) * 3
+    assert found.matched is not None
+    assert found.matched.lead.mean == pytest.approx(0.0), "best of one is the baseline"
+    assert found.sides["policy"] == found.sides["baseline"]
 
 
-def comparison() -> Comparison:
-    return compare(report([0.0, 1.0, 2.0, 3.0], samples=2, word="old"), report([1.0, NAN, 2.0, 5.0], samples=2, kl=0.5, word="new"), seed=0)
+def test_kl_is_of_a_reply_and_of_a_token() -> None:
+    found = evaluation([[0.0, 0.0]] * 3, [[0.0, 0.0]] * 3, kl=2.0, tokens=4)
+    assert found.kl.mean == 2.0
+    assert found.kl_per_token.mean == 0.5
 
 
-def test_pairs_are_the_first_samples_of_the_first_prompts() -> None:
-    pairs = comparison().pairs(9)
-    assert [(p.prompt, p.before, p.after) for p in pairs] == [("prompt 0", "old 0", "new 0"), ("prompt 1", "old 2", "new 2")]
-    assert len(comparison().pairs(1)) == 1
-    assert comparison().pairs(0) == []
+def test_distinct_n_is_of_equally_many_replies_though_the_baseline_has_more() -> None:
+    """Six replies that differ pairwise in nothing: of more text more would be repeats."""
+    many = side(answers([[0.0] * 6], "a b c"), 1, NAN, seed=0)
+    assert many.distinct == (1.0, 1.0, 1.0)
+    assert side(answers([[0.0] * 6], "a b c"), 6, NAN, seed=0).distinct == pytest.approx((1 / 6, 1 / 6, 1 / 6))
+
+
+def test_perplexity_and_the_tax() -> None:
+    """Two demonstrations of 1 and 3 tokens: the baseline gives each token 1/2, the policy 1/4."""
+    tokens = np.array([1.0, 3.0])
+    likelihood = Likelihood(policy=tokens * math.log(1 / 4), baseline=tokens * math.log(1 / 2), tokens=tokens, excluded=5)
+    found = assess(measured([[0.0]], [[0.0]], likelihood=likelihood), policy="a", baseline="b", best_of_n=1, seed=0)
+    assert (found.sides["policy"].perplexity, found.sides["baseline"].perplexity) == pytest.approx((4.0, 2.0))
+    assert found.tax is not None
+    assert (found.tax.low, found.tax.mean, found.tax.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert (found.demonstrations, found.excluded) == (2, 5)
+
+
+def test_best_of_n_by_the_optimised_judge_and_what_the_other_makes_of_it() -> None:
+    """The reward model prefers what the rule dislikes: over-optimisation that only the second judge shows."""
+    baseline = {"reward model": [[0.0, 1.0], [2.0, 3.0]], "rule": [[1.0, 0.0], [1.0, 0.0]]}
+    found = evaluation({name: [row[:1] for row in rows] for name, rows in baseline.items()}, baseline, best_of_n=2).best_of
+    assert found is not None
+    assert found.judge == "reward model"
+    assert [point.mean for point in found.rewards["reward model"]] == [1.5, 2.0]
+    assert [point.mean for point in found.rewards["rule"]] == [0.5, 0.0]
+    assert found.kl == (0.0, pytest.approx(math.log(2) - 0.5))
+    assert found.matched.keys() == {"reward model", "rule"}
+
+
+@pytest.mark.parametrize(("n", "shown"), [(2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
+def test_tables_show_powers_of_two_and_the_largest(n: int, shown: list[int]) -> None:
+    found = evaluation([[0.0]] * 2, [list(range(n))] * 2, best_of_n=n).best_of
+    assert found is not None
+    assert found.shown == shown
+
+
+def test_more_replies_than_best_of_n_draws_from() -> None:
+    """The policy is asked more often than best-of-n needs: the pool is the first of the baseline's."""
+    found = evaluation([[0.0] * 4] * 2, [[1.0, 0.0, 9.0, 9.0]] * 2, best_of_n=2).best_of
+    assert found is not None
+    assert found.rewards["rule"][1].mean == 1.0
+    assert evaluation([[0.0] * 4] * 2, [[1.0, 0.0, 9.0, 9.0]] * 2, best_of_n=1).best_of is None
+
+
+def test_a_prompt_not_fully_scored_is_left_out_of_best_of_n_and_counted() -> None:
+    found = evaluation([[0.0]] * 2, [[1.0, 0.0], [NAN, 5.0]], best_of_n=2)
+    assert found.best_of is not None
+    assert (found.best_of.left_out, found.best_of.rewards["rule"][1].mean) == (1, 1.0)
+    assert found.optimised.baseline.mean == pytest.approx((0.5 + 5.0) / 2), "but not out of its mean"
 
 
 def test_the_record_is_plain_json() -> None:
-    """Strict JSON, which knows no NaN: a reward that failed and a KL that was not measured are null."""
-    found = comparison()
-    record = json.loads(json.dumps(found.record(1), allow_nan=False))
-    assert set(record) == {"prompts", "gain", "before", "after", "replies"}
+    """Strict JSON, which knows no NaN and no infinity: a reward that failed and a reward that is never reached are null."""
+    found = evaluation([[9.0, NAN], [9.0, 9.0]], [[1.0, 2.0], [3.0, 5.0]], kl=0.1, best_of_n=2)
+    record = json.loads(json.dumps(found.record(), allow_nan=False))
     assert record["prompts"] == 2
-    assert record["gain"] == {"mean": found.gain.mean, "low": found.gain.low, "high": found.gain.high}
-    assert set(record["before"]) == {"reward", "kl", "distinct_2", "response_tokens", "rewards"}
-    assert record["before"]["reward"]["mean"] == found.before_reward.mean == 1.5
-    assert (record["before"]["kl"], record["after"]["kl"]) == (None, 0.5)
-    assert record["before"]["rewards"] == [0.0, 1.0, 2.0, 3.0]
-    assert record["after"]["rewards"] == [1.0, None, 2.0, 5.0]
-    assert record["replies"] == [{"prompt": "prompt 0", "before": "old 0", "after": "new 0"}]
+    assert record["judges"]["rule"]["gain"] == {"mean": found.optimised.gain.mean, "low": found.optimised.gain.low, "high": found.optimised.gain.high}
+    assert record["judges"]["rule"]["failed"] == 1
+    assert record["rewards"]["rule"] == {"policy": [[9.0, None], [9.0, 9.0]], "baseline": [[1.0, 2.0], [3.0, 5.0]]}
+    assert record["best_of"]["matched"]["rule"]["kl"]["mean"] is None
+    assert record["tax"] is None
+    assert record["sides"]["policy"]["perplexity"] is None
+    assert record["replies"][1] == {"prompt": "prompt 1", "policy": "new 1 0", "baseline": "old 1 0", "rewards": {"rule": [9.0, 3.0]}}

@@ -17,18 +17,22 @@ from tensorboardX.proto.event_pb2 import Event
 
 from actors.learner import UpdateReport
 from driver_setup import config
+from evaluation_helpers import measured
 from pipeline.assemble import AssemblyReport
 from pipeline.checkpoint import Checkpoints, DriverState
 from pipeline.collector import Collected
 from pipeline.config import load, recipe_path
-from pipeline.evaluation import Report, compare
+from pipeline.evaluation import Likelihood, assess
 from pipeline.ledger import Account, LedgerState, OpenChunk
 from pipeline.observe import progress as progress_module
 from pipeline.observe import summary
 from pipeline.observe.account import show_account
+from pipeline.observe.frontier import smoothed
 from pipeline.observe.metrics import StepMetrics
 from pipeline.observe.observer import Observer, read_metrics
 from pipeline.observe.progress import PLAIN_EVERY_S, SPARK, Progress, sparkline
+from pipeline.observe.report import write
+from pipeline.observe.words import price, verdict, yardstick
 from pipeline.run import Result
 from pipeline.run_folder import RunFolder
 
@@ -374,51 +378,123 @@ def test_a_long_sparkline_loses_no_value() -> None:
         assert n == 1 or SPARK[-1] in sparkline(marked)
 
 
-def result(after: list[float], tmp_path: Path, *, replies: str = "yes", kl: float = NAN) -> Result:
-    def report(rewards: list[float], reply: str) -> Report:
-        prompts = [f"q{i}" for i in range(len(rewards))]
-        return Report(samples=1, prompts=prompts, responses=[reply] * len(rewards), rewards=np.array(rewards), kl=kl, distinct_2=0.25, response_tokens=4.5)
-
-    return Result(run_dir=tmp_path, finetuned=None, comparison=compare(report([0.0, 1.0, 2.0], "no"), report(after, replies), seed=0), seconds=61.4)
+def result(after: list[float], tmp_path: Path, *, words: tuple[str, str] = ("yes", "no"), kl: float = 0.5, best_of_n: int = 1) -> Result:
+    """Three prompts, a reply of each model to each; four of the baseline where best-of-n is asked for."""
+    before = [[reward] + [reward + 0.5 * k for k in range(1, best_of_n)] for reward in (0.0, 1.0, 2.0)]
+    found = measured([[reward] for reward in after], before, kl=kl, words=words)
+    return Result(run_dir=tmp_path, finetuned=None, evaluation=assess(found, policy="policy", baseline="finetuned", best_of_n=best_of_n, seed=0), seconds=61.4)
 
 
 @pytest.mark.parametrize(
     ("after", "words"),
     [
-        ([1.0, 2.0, 3.0], "The reward rose: +1.000 a prompt, 95 % interval +1.000 to +1.000. 61 s in all."),
-        ([-1.0, 0.0, 1.0], "The reward fell: -1.000 a prompt, 95 % interval -1.000 to -1.000. 61 s in all."),
-        ([0.0, 1.0, 2.0], "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval +0.000 to +0.000. 61 s in all."),
-        ([1.0, 0.0, 2.0], "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval -1.000 to +1.000. 61 s in all."),
+        ([1.0, 2.0, 3.0], "The reward rose: +1.000 a prompt, 95 % interval +1.000 to +1.000."),
+        ([-1.0, 0.0, 1.0], "The reward fell: -1.000 a prompt, 95 % interval -1.000 to -1.000."),
+        ([0.0, 1.0, 2.0], "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval +0.000 to +0.000."),
+        ([1.0, 0.0, 2.0], "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval -1.000 to +1.000."),
     ],
 )
 def test_the_verdict_claims_no_more_than_the_interval_allows(after: list[float], words: str, tmp_path: Path) -> None:
-    assert summary.verdict(result(after, tmp_path)) == words
+    assert verdict(result(after, tmp_path).evaluation) == words
 
 
 def test_the_summary_shows_both_sides_and_where_everything_is(tmp_path: Path) -> None:
     to, out = console(terminal=False)
-    summary.show(result([1.0, 2.0, 3.0], tmp_path, kl=0.5), load(recipe_path("walks")), to)
+    summary.show(result([1.0, 2.0, 3.0], tmp_path, best_of_n=4), load(recipe_path("walks")), to)
     text = out.getvalue()
-    assert re.search(r"q0 +│ no +│ yes ", text)
-    assert re.search(r"reward \(95 % interval\) +│ \+1\.000 +\(\+0\.000 to \+2\.000\) +│ \+2\.000 +\(\+1\.000 to \+3\.000\)", text)
-    assert re.search(r"KL to the start +│ +0\.50 nats │ +0\.50 nats", text)
-    assert re.search(r"distinct-2 +│ +0\.250 │ +0\.250", text)
-    assert re.search(r"tokens of a reply +│ +4\.5 │ +4\.5", text)
+    assert re.search(r"prompt 0 +│ no 0 0 +│ yes 0 0 ", text)
+    assert re.search(r"reward by the rule +│ \+1\.750 \(0\.750 to 2\.750\) +│ \+2\.000 \(1\.000 to 3\.000\)", text)
+    assert re.search(r"win rate by the rule +│ +│ +62\.5% ", text)
+    assert re.search(r"KL to the baseline, nats +│ +0 │ +0\.50 +\(0\.50 to 0\.50\)", text)
+    assert re.search(r"best-of-n at that KL +│ \+2\.\d+ ", text)
+    assert re.search(r"distinct-2 +│ +1\.000 │ +1\.000", text)
+    assert re.search(r"tokens of a reply +│ +8\.0 │ +8\.0", text)
     assert f'from_pretrained("{tmp_path}/policy")' in text
-    for name in ("metrics.jsonl", "experience/", "evaluation.json", "config.toml", "log/"):
+    assert "a prompt, 95 % interval +0.250 to +0.250. 61 s in all.\n" in text
+    for name in ("metrics.jsonl", "experience/", "report.md", "evaluation.json", "config.toml", "log/"):
         assert name in text
 
 
 def test_what_a_model_writes_is_shown_as_it_is(tmp_path: Path) -> None:
     """A language model may write anything, `[/b]` included, which rich would take for a tag that closes nothing."""
     to, out = console(terminal=False)
-    odd = result([1.0, 2.0, 3.0], tmp_path / "run [/x]", replies="[/b] [red]hi[/red] :smile:")
+    odd = result([1.0, 2.0, 3.0], tmp_path / "run [/x]", words=("[/b] [red]hi[/red] :smile:", "no"))
     summary.show(odd, load(recipe_path("walks")), to)
     assert "[/b] [red]hi[/red] :smile:" in out.getvalue()
     assert f"{tmp_path}/run [/x]/policy" in out.getvalue()
 
 
-def test_a_kl_that_was_not_measured_is_a_dash(tmp_path: Path) -> None:
-    to, out = console(terminal=False)
-    to.print(summary.numbers(result([1.0, 2.0, 3.0], tmp_path)))
-    assert re.search(r"KL to the start +│ +- │ +- ", out.getvalue())
+# ---- an evaluation in words, tables and a picture ----
+
+
+def test_best_of_n_at_the_same_kl_is_told_also_where_the_policy_loses(tmp_path: Path) -> None:
+    """Best-of-2 gains half at 0.19 nats; the policy spent 0.19, and gains 1, nothing, or loses."""
+    ahead, level, behind = (
+        yardstick(result(after, tmp_path, kl=math.log(2) - 0.5, best_of_n=2).evaluation) for after in ([2.0, 3, 4], [0.0, 1, 2], [-1.0, 0, 1])
+    )
+    assert ahead.startswith(
+        "Best-of-n from the baseline at the same KL (n about 2.0) has a reward of +1.500: the policy is 1.500 above it (95 % interval +1.500"
+    )
+    assert ahead.endswith("Best-of-2 does not reach the policy's reward.")
+    assert "the policy is 0.500 below it" in level
+    assert "the policy is 1.500 below it" in behind
+    assert behind.endswith("The policy's reward costs best-of-n 0.00 nats, the policy 0.19.")
+
+
+def test_beyond_the_largest_n_a_loss_is_certain_and_a_lead_is_open(tmp_path: Path) -> None:
+    lost, open_ = (yardstick(result(after, tmp_path, kl=4.0, best_of_n=2).evaluation) for after in ([-1.0, 0, 1], [2.0, 3, 4]))
+    assert "Best-of-2 from the baseline has a reward of +1.500 at only 0.19 nats: the policy is 1.500 below it" in lost
+    assert "n about 147, which the policy's KL would buy, can only be better." in lost
+    assert "its KL would buy n about 147, which was not sampled: raise evaluation.best_of to compare." in open_
+    assert yardstick(result([1.0, 2, 3], tmp_path).evaluation) == "", "best-of-n was not sampled"
+
+
+def test_what_the_reward_cost(tmp_path: Path) -> None:
+    tokens = np.array([1.0, 3.0])
+    likelihood = Likelihood(policy=tokens * math.log(1 / 4), baseline=tokens * math.log(1 / 2), tokens=tokens, excluded=0)
+    found = assess(measured([[0.0]] * 2, [[0.0]] * 2, kl=1.5, likelihood=likelihood), policy="policy", baseline="finetuned", best_of_n=1, seed=0)
+    assert price(found) == (
+        "The policy is 1.50 nats a reply from the baseline (1.50 to 1.50); its perplexity on 2 held-out demonstrations rose: 2.0 before, 4.0 now, x 2.00."
+    )
+
+
+def test_the_report_says_all_and_quotes_replies_as_they_are(tmp_path: Path) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "run" / "evaluation-1"
+    out.mkdir(parents=True)
+    (run_dir / "data-report.md").write_text("# data")
+    (run_dir / "reward-model.json").write_text('{"accuracy": {"mean": 0.625, "low": 0.5, "high": 0.75}}')
+    steps = [{"step": i, "kl/per_rollout": 0.1 * i, "reward/mean": 0.2 * i} for i in range(20)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    found = result([1.0, 2.0, 3.0], run_dir, words=("a | b `code` *c*", "no\n# heading"), kl=4.0, best_of_n=4).evaluation
+    write(found, out, run_dir)
+    report = (out / "report.md").read_text()
+    for said in (
+        "# policy against finetuned\n",
+        verdict(found),
+        yardstick(found),
+        "![reward against KL](frontier.png)",
+        "| reward by the rule | +1.750 (0.750 to 2.750) | +2.000 (1.000 to 3.000) |",
+        "| 4 | 0.64 | +2.500 (1.500 to 3.500) |",
+        "| the policy | 4.00 | +2.000 (1.000 to 3.000) |",
+        "- data: [data-report.md](../data-report.md)",
+        "- reward model: [reward-model.json](../reward-model.json), accuracy on held-out comparisons 62.5% (50.0% to 75.0%)",
+        "| ` prompt 0 ` | ` no # heading ` | `` a \\| b `code` *c* `` |",
+    ):
+        assert said in report, said
+    assert json.loads((out / "evaluation.json").read_text()) == json.loads(json.dumps(found.record()))
+    picture = (out / "frontier.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(picture) < 100_000
+
+
+def test_a_report_needs_no_run_and_no_best_of_n(tmp_path: Path) -> None:
+    write(result([1.0, 2.0, 3.0], tmp_path, kl=-0.01).evaluation, tmp_path / "out", None)
+    assert "Best-of-n" not in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "frontier.png").is_file()
+
+
+def test_smoothing_keeps_a_line_and_a_mean() -> None:
+    line = np.arange(10.0)
+    assert smoothed(line, 2)[2:-2] == pytest.approx(line[2:-2])
+    assert smoothed(np.array([0.0, 3.0, 0.0]), 1).tolist() == [1.5, 1.0, 1.5]
+    assert smoothed(line, 0).tolist() == line.tolist()

@@ -22,6 +22,7 @@ from actors.experience import Experience
 from cluster.config import ClusterConfig
 from cluster.session import Session
 from pipeline.algorithms.ppo import PPO
+from pipeline.cli import main
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
 from pipeline.run import Result, train
 from run_helpers import both
@@ -75,14 +76,28 @@ def experience(run_dir: Path, step: int) -> Experience:
 
 
 def test_the_run_folder_holds_what_is_promised(walker: Path) -> None:
-    assert {p.name for p in walker.iterdir()} >= {"config.toml", "metrics.jsonl", "experience", "policy", "finetuned", "log", "evaluation.json", "tensorboard"}
+    assert {p.name for p in walker.iterdir()} >= {
+        "config.toml",
+        "metrics.jsonl",
+        "experience",
+        "policy",
+        "finetuned",
+        "log",
+        "evaluation.json",
+        "report.md",
+        "frontier.png",
+        "tensorboard",
+    }
     assert load(walker / "config.toml").steps == 2
     assert [m["step"] for m in metrics(walker)] == [0, 1]
     assert list((walker / "tensorboard").glob("events*"))
     assert len(experience(walker, 1)) == 24
     evaluation = json.loads((walker / "evaluation.json").read_text())
     assert len(evaluation["replies"]) == evaluation["prompts"] == 10
-    assert {"mean", "low", "high"} == evaluation["gain"].keys()
+    assert (evaluation["policy"], evaluation["baseline"]) == ("policy", "finetuned"), "as seen from the run's folder"
+    assert {"mean", "low", "high"} == evaluation["judges"]["rule"]["gain"].keys()
+    assert abs(evaluation["kl"]["mean"]) < 1, "two steps do not lead far"
+    assert len(evaluation["best_of"]["kl"]) == 16
 
 
 def test_the_policy_loads_with_transformers_and_has_learned(walker: Path) -> None:
@@ -183,12 +198,17 @@ def test_evaluation_asks_every_heldout_prompt_once(walker: Path) -> None:
     assert len(set(prompts)) == len(prompts) == 10
 
 
+def test_the_evaluate_command_finds_in_a_run_what_the_run_found_to_the_bit(walker: Path) -> None:
+    assert main(["evaluate", str(walker)]) == 0
+    assert (walker / "evaluation-1" / "evaluation.json").read_bytes() == (walker / "evaluation.json").read_bytes()
+
+
 def test_ppo_learns_to_walk(ray_session: Session, tmp_path: Path) -> None:
     """The bundled recipe, shortened: optimality rises by a margin that the interval separates from zero."""
     shortened = load(recipe_path("walks")).model_copy(update={"steps": 25, "cluster": ClusterConfig(cpus_per_bundle=1)})
     result = run(shortened, tmp_path / "run")
-    assert result.comparison.gain.low > 0.05
-    assert result.comparison.after_reward.mean > 0.75
+    assert result.evaluation.optimised.gain.low > 0.05
+    assert result.evaluation.optimised.policy.mean > 0.75
 
 
 def test_the_quickstart_command_from_end_to_end(tmp_path: Path) -> None:
@@ -198,7 +218,7 @@ def test_the_quickstart_command_from_end_to_end(tmp_path: Path) -> None:
     out = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=without_ray())
     assert out.returncode == 0, out.stderr[-3000:]
     assert out.stderr == "", "nothing of Ray's or DeepSpeed's reaches the terminal"
-    for said in ("fine-tune 2/2", "reinforce 2/2", "12 held-out prompts", "95 % interval", "KL to the start", "distinct-2", "saved in", "try next"):
+    for said in ("fine-tune 2/2", "reinforce 2/2", "12 held-out prompts", "95 % interval", "KL to the baseline", "distinct-2", "saved in", "try next"):
         assert said in out.stdout, said
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "policy").eos_token == "<|endoftext|>"
 

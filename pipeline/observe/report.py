@@ -9,12 +9,12 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.storage import Folder
 from pipeline.observe import frontier
 from pipeline.observe.observer import read_metrics
-from pipeline.observe.words import price, rows, verdict, yardstick
+from pipeline.observe.words import price, rows, signed, verdict, yardstick
 
 if TYPE_CHECKING:
     from pipeline.evaluation import BestOf, Evaluation
@@ -69,8 +69,8 @@ def _best_of(evaluation: Evaluation) -> list[str]:
 
 def _best_of_rows(best: BestOf, evaluation: Evaluation) -> Iterable[tuple[str, ...]]:
     for n in best.shown:
-        yield str(n), f"{best.kl[n - 1]:.2f}", *(_interval(curve[n - 1]) for curve in best.rewards.values())
-    yield "the policy", f"{evaluation.kl.mean:.2f}", *(_interval(judged.policy) for judged in evaluation.judges.values())
+        yield str(n), f"{best.kl[n - 1]:.2f}", *(signed(curve[n - 1]) for curve in best.rewards.values())
+    yield "the policy", f"{evaluation.kl.mean:.2f}", *(signed(judged.policy) for judged in evaluation.judges.values())
 
 
 def _context(folder: Path, run_dir: Path | None) -> list[str]:
@@ -93,10 +93,6 @@ def _accuracy(path: Path) -> str:
     if isinstance(found, dict) and {"mean", "low", "high"} <= found.keys():
         return f", accuracy on held-out comparisons {found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
     return f", accuracy on held-out comparisons {found:.1%}" if isinstance(found, float) else ""
-
-
-def _interval(interval: Any) -> str:
-    return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

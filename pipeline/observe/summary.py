@@ -47,7 +47,7 @@ def replies(evaluation: Evaluation, shown: int) -> Table:
 
 def numbers(evaluation: Evaluation) -> Table:
     """Both sides in numbers."""
-    table = Table(title=f"{len(evaluation.replies)} held-out prompts", title_justify="left")
+    table = Table(title=f"{len(evaluation.replies)} held-out prompts (95 % intervals)", title_justify="left")
     for column in ("", "baseline", "policy"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows(evaluation):

@@ -5,31 +5,34 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from pipeline.estimates import best_of_at
+
 if TYPE_CHECKING:
     from pipeline.estimates import Interval, Matched
     from pipeline.evaluation import Evaluation
 
 
 def rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """(what, of the baseline, of the policy), a line each; "" where one of them has none."""
+    """(what, of the baseline, of the policy), a line each; "" where one of them has none. In brackets: 95 % intervals."""
     lines: list[tuple[str, str, str]] = []
     for name, judged in evaluation.judges.items():
-        lines.append((f"reward by the {name} (95 % interval)", _signed(judged.baseline), _signed(judged.policy)))
-        lines.append((f"win rate by the {name}, ties half", "", _share(judged.win_rate)))
+        lines.append((f"reward by the {name}", signed(judged.baseline), signed(judged.policy)))
+        lines.append((f"win rate by the {name}", "", _share(judged.win_rate)))
         if judged.failed:
-            lines.append((f"replies the {name} could not score, left out", str(judged.failed), ""))
-    lines.append(("KL to the baseline, nats a reply", "0", f"{evaluation.kl.mean:.2f}  ({evaluation.kl.low:.2f} to {evaluation.kl.high:.2f})"))
-    lines.append(("KL to the baseline, nats a token", "0", f"{evaluation.kl_per_token.mean:.3f}"))
+            lines.append((f"unscored by the {name}, left out", str(judged.failed), ""))
+    kl, a_token = evaluation.kl, evaluation.kl_per_token
+    lines.append(("KL to the baseline, nats", "0", f"{kl.mean:.2f} ({kl.low:.2f} to {kl.high:.2f})"))
+    lines.append(("the same a token", "0", f"{a_token.mean:.3f} ({a_token.low:.3f} to {a_token.high:.3f})"))
     if evaluation.best_of is not None:
         for name, found in evaluation.best_of.matched.items():
-            at = f"best-of-{len(evaluation.best_of.kl)}, less KL" if found.is_bound else "best-of-n at that KL"
-            lines.append((f"reward of {at}, by the {name}", _signed(found.reward), ""))
+            which = f"best-of-{len(evaluation.best_of.kl)}, at less KL" if found.is_bound else "best-of-n at that KL"
+            lines.append((which if name == evaluation.judge else f"... by the {name}", signed(found.reward), ""))
     base, policy = evaluation.sides["baseline"], evaluation.sides["policy"]
     if evaluation.tax is not None:
-        lines.append(("perplexity on held-out demonstrations", f"{base.perplexity:.2f}", f"{policy.perplexity:.2f}"))
+        lines.append(("held-out perplexity", f"{base.perplexity:.2f}", f"{policy.perplexity:.2f}"))
     lines += [(f"distinct-{n}", f"{a:.3f}", f"{b:.3f}") for n, (a, b) in enumerate(zip(base.distinct, policy.distinct, strict=True), start=1)]
     lines.append(("tokens of a reply", f"{base.tokens.mean:.1f}", f"{policy.tokens.mean:.1f}"))
-    lines.append(("replies that end by themselves", f"{base.ended:.1%}", f"{policy.ended:.1%}"))
+    lines.append(("replies that end", f"{base.ended:.1%}", f"{policy.ended:.1%}"))
     return lines
 
 
@@ -55,8 +58,6 @@ def yardstick(evaluation: Evaluation) -> str:
     best, found = evaluation.best_of, evaluation.matched
     if best is None or found is None:
         return ""
-    from pipeline.estimates import best_of_at
-
     largest, at_most, top = len(best.kl), best.kl[-1], best.rewards[best.judge][-1]
     n = best_of_at(evaluation.kl.mean)
     if not found.is_bound:
@@ -78,12 +79,12 @@ def between(interval: Interval) -> str:
     return f"95 % interval {interval.low:+.3f} to {interval.high:+.3f}"
 
 
-def _signed(interval: Interval) -> str:
-    return f"{interval.mean:+.3f}  ({interval.low:+.3f} to {interval.high:+.3f})"
+def signed(interval: Interval) -> str:
+    return f"{interval.mean:+.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
 def _share(interval: Interval) -> str:
-    return f"{interval.mean:.1%}  ({interval.low:.1%} to {interval.high:.1%})"
+    return f"{interval.mean:.1%} ({interval.low:.1%} to {interval.high:.1%})"
 
 
 def _same_reward(evaluation: Evaluation, found: Matched, largest: int) -> str:

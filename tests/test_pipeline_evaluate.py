@@ -1,0 +1,238 @@
+"""`raylign evaluate`: the examiner in this process, and two tiny models compared through the real entry point."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors import ragged
+from actors.config import ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
+from actors.experience import Prompts, Rollouts, Scores, TokenLogprobs
+from cluster.session import Session
+from pipeline.cli import main, parse
+from pipeline.config import load, recipe_path
+from pipeline.contest import Contest, check_models
+from pipeline.evaluation import Answers, Measured, assess
+from pipeline.stages.evaluate import MODEL, RULE, ask, check_judges, heldout_groups, judges_of
+from pipeline.stages.examiner import Examiner
+from pipeline.tasks.task import Demonstration, Split, load_task
+from pipeline.tasks.walks import RandomWalks
+from run_helpers import ROOT, command, environment
+from tiny_models import save_gpt2
+
+HERE, TESTS = Path(__file__).stem, ROOT / "tests"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models that differ in their weights, and a reward model, in the folders `policy`, `baseline`, `judge`."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("baseline", "policy")):
+        save_gpt2(folder / name, seed=seed)
+    save_judge(folder / "judge")
+    return folder
+
+
+def save_judge(folder: Path) -> None:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    from tiny_models import WORDS, byte_tokenizer
+
+    torch.manual_seed(5)
+    shape = GPT2Config(vocab_size=WORDS, n_positions=96, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=256)
+    GPT2ForSequenceClassification(shape).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+class Letters(RandomWalks):
+    """Prompts and demonstrations in letters that a byte tokenizer knows; few, so that examining them is quick."""
+
+    reward = f"{HERE}:vowels"
+
+    def demonstrations(self, split: Split) -> list[Demonstration]:
+        return super().demonstrations(split)[:20]
+
+
+class Wordless(RandomWalks):
+    """A task that has nothing to imitate."""
+
+    def demonstrations(self, split: Split) -> list[Demonstration]:
+        return []
+
+
+def vowels(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    return [sum(letter in "aeiou" for letter in response.lower()) / max(len(response), 1) for response in responses]
+
+
+# ---- the examiner, a plain class ----
+
+
+def examiner(temperature: float = 1.0) -> Examiner:
+    sampling = SamplingConfig(max_new_tokens=6, temperature=temperature)
+    return Examiner(rollout=RolloutConfig(slots=8), reference=ReferenceConfig(batch_size=4), sampling=sampling, seed=0)
+
+
+def prompts(*texts: str) -> pa.Table:
+    return Prompts.of({"group_id": range(100, 100 + len(texts)), "tokens": [list(t.encode()) for t in texts], "metadata": ["{}"] * len(texts)}).table
+
+
+def test_the_examiner_is_sampler_reference_and_judge_in_one(models: Path) -> None:
+    """Its log-probs are those of a plain forward pass, whichever model it held before."""
+    one, policy, baseline = examiner(), str(models / "policy"), str(models / "baseline")
+    rows, replies = one.reply(policy, prompts("ab", "c"), 3)
+    assert rows == 6
+    for model in (baseline, policy):
+        _, found = one.logprobs(model, replies, 1.0)
+        causal = AutoModelForCausalLM.from_pretrained(model)
+        for row, got in zip(replies.to_pylist(), TokenLogprobs(found).table["logprobs"].to_pylist(), strict=True):
+            with torch.no_grad():
+                forward = torch.log_softmax(causal(torch.tensor([row["tokens"]])).logits[0, :-1], -1)
+            expected = forward.gather(-1, torch.tensor(row["tokens"])[1:, None]).squeeze(-1).numpy()
+            acted = np.array(row["action_mask"])[1:]
+            assert np.array(got)[1:][acted] == pytest.approx(expected[acted], abs=1e-4)
+    sampled, recomputed = (ragged.flat(table["logprobs"])[0] for table in (replies, found))
+    assert sampled == pytest.approx(recomputed, abs=1e-4), "the policy's own, as it sampled them"
+    for judge in (RewardConfig(function=f"{HERE}:vowels"), RewardConfig(model=str(models / "judge"))):
+        _, scores = one.score(judge, baseline, replies)
+        assert np.isfinite(Scores(scores).table["reward"].to_numpy()).all()
+
+
+def test_what_an_examiner_did_before_changes_nothing(models: Path) -> None:
+    policy, baseline = str(models / "policy"), str(models / "baseline")
+    one = examiner()
+    for model in (baseline, policy, baseline):
+        one.reply(model, prompts("x"), 1)
+    assert one.reply(policy, prompts("ab", "c"), 2)[1].equals(examiner().reply(policy, prompts("ab", "c"), 2)[1])
+    both = one.reply(policy, prompts("ab", "c"), 2)[1]
+    assert Rollouts(both.slice(0, 2)).table.equals(examiner().reply(policy, prompts("ab"), 2)[1]), "nor does how prompts are cut into chunks"
+
+
+@pytest.mark.parametrize(("temperature", "samples", "pool"), [(1.0, 3, 3), (0.0, 1, 4)], ids=["the same random numbers", "greedy"])
+def test_a_model_against_itself_ties_always(models: Path, temperature: float, samples: int, pool: int) -> None:
+    one, model = examiner(temperature), str(models / "baseline")
+    sides = []
+    for count in (samples, pool):
+        table = one.reply(model, prompts("ab", "c", "d"), count)[1]
+        shape = (3, count)
+        rewards = Scores(one.score(RewardConfig(function=f"{HERE}:vowels"), model, table)[1]).table["reward"].to_numpy().astype(np.float64)
+        lengths = ragged.lengths(table["tokens"]).reshape(shape)
+        sides.append(Answers(texts=["x"] * len(rewards), tokens=lengths, ended=np.ones(shape, np.bool_), rewards={RULE: rewards.reshape(shape)}))
+    found = assess(
+        Measured(prompts=["1", "2", "3"], policy=sides[0], baseline=sides[1], kl=np.zeros((3, samples)), likelihood=None),
+        policy="a", baseline="a", best_of_n=pool, seed=0,
+    )  # fmt: skip
+    for value, expected in ((found.optimised.gain, 0.0), (found.optimised.win_rate, 0.5)):
+        assert (value.low, value.mean, value.high) == pytest.approx((expected,) * 3, abs=1e-12)
+
+
+# ---- what is asked, and who judges ----
+
+
+def test_heldout_groups_are_one_pass_beyond_any_run() -> None:
+    assert heldout_groups(5, 20)[0] % 20 == 0
+    assert heldout_groups(5, 20)[0] >= 1 << 40
+    assert len(heldout_groups(99, 20)) == 20
+
+
+def test_the_reward_model_is_the_first_judge_and_the_rule_the_second() -> None:
+    assert list(judges_of(RewardConfig(model="rm"), "tasks:rule")) == [MODEL, RULE]
+    assert list(judges_of(RewardConfig(function="my:own"), "tasks:rule").items()) == [(RULE, RewardConfig(function="my:own"))]
+    assert list(judges_of(RewardConfig(model="rm"), "")) == [MODEL]
+    both = judges_of(RewardConfig(function="my:own", model="rm"), "tasks:rule")
+    assert (both[MODEL].function, both[MODEL].model, both[RULE].function, both[RULE].model) == ("", "rm", "my:own", "")
+    with pytest.raises(ValueError, match="reward: must name a function or a model where the task brings no reward function, got neither"):
+        check_judges(judges_of(RewardConfig(), ""))
+
+
+def test_demonstrations_are_the_same_ones_every_time_and_need_not_be_there(models: Path) -> None:
+    recipe = load(recipe_path("walks"))
+    few = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"demonstrations": 7, "prompts": 3})})
+    found, again = (ask(few, load_task("walks"), str(models / "baseline")) for _ in range(2))
+    assert (found.demonstrations.num_rows, len(found.prompts), found.excluded) == (7, 3, 0)
+    assert found.demonstrations.equals(again.demonstrations)
+    assert ask(few, Wordless(), str(models / "baseline")).demonstrations.num_rows == 0
+
+
+# ---- the command ----
+
+
+def contest(run_dir: Path | None = None, **names: Any) -> Contest:
+    named = {"policy": "", "baseline": "", "reward_model": "", "out": None} | names
+    return Contest.of(load(recipe_path("walks")), run_dir, recipe="walks", **named)
+
+
+def test_of_a_run_its_own_models_are_compared(tmp_path: Path) -> None:
+    for name in ("policy", "finetuned", "reward-model", "evaluation-1"):
+        (tmp_path / name).mkdir()
+    found = contest(tmp_path)
+    assert (found.policy, found.baseline, found.reward_model) == tuple(str(tmp_path / name) for name in ("policy", "finetuned", "reward-model"))
+    assert found.out == tmp_path / "evaluation-2"
+    other = contest(tmp_path, policy="gpt2", out=tmp_path / "here")
+    assert (other.policy, other.baseline, other.out) == ("gpt2", str(tmp_path / "finetuned"), tmp_path / "here")
+
+
+def refused(message: str, make: Callable[[], object]) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
+        make()
+    assert message in str(caught.value)
+
+
+def test_what_is_wrong_is_said_before_anything_starts(models: Path, tmp_path: Path) -> None:
+    refused("TARGET: `raylign evaluate` needs one, the folder of a run or a recipe", lambda: parse(["evaluate", "--policy", "x"]))
+    refused(f"TARGET: must be the folder of a run or a recipe, got {tmp_path}, a folder without config.toml", lambda: parse(["evaluate", str(tmp_path)]))
+    refused("--policy: must be given, since a recipe has none", lambda: parse(["evaluate", "walks", "--baseline", "x"]))
+    refused(f"--baseline: must be given, since {tmp_path} has none yet", lambda: contest(tmp_path, policy="x"))
+    refused(f"--out: must be a new or empty folder, got {models}", lambda: contest(policy="x", baseline="y", out=models))
+    torn = contest(policy=str(models / "policy"), baseline=str(tmp_path / "none"))
+    refused("--baseline: must be a folder or hub name of a causal language model, got", lambda: check_models(torn))
+    stranger = tmp_path / "stranger"
+    save_gpt2(stranger)
+    RandomWalks().build_tokenizer(stranger, 64)
+    refused(
+        "--policy: must have the tokenizer of --baseline, but those of", lambda: check_models(contest(policy=str(stranger), baseline=str(models / "policy")))
+    )
+
+
+@pytest.mark.slow
+def test_two_models_from_end_to_end_with_one_examiner_and_with_two(models: Path, ray_session: Session, tmp_path: Path) -> None:
+    recipe = tmp_path / "letters.toml"
+    recipe.write_text(
+        f'task = "{HERE}:Letters"\nsteps = 1\nmodel.path = "{models / "baseline"}"\nbatch.max_prompt_tokens = 4\nsampling.max_new_tokens = 8\n'
+        "[rollout]\nslots = 8\nchunk_size = 8\n[evaluation]\nprompts = 20\nsamples = 2\nbest_of = 4\nshown = 2\n[cluster]\ncpus_per_bundle = 1\n"
+    )
+    told = []
+    for workers in ("1", "2"):
+        out = tmp_path / f"out-{workers}"
+        options = ("--policy", str(models / "policy"), "--reward-model", str(models / "judge"), "--evaluation.workers", workers, "--out", str(out))
+        if workers == "1":  # through the real entry point, with a Ray of its own
+            done = subprocess.run(command("evaluate", str(recipe), *options), cwd=TESTS, env=environment(), capture_output=True, text=True, timeout=200)
+            assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        else:
+            assert main(["evaluate", str(recipe), *options]) == 0
+        told.append((out / "evaluation.json").read_bytes())
+    assert told[0] == told[1]
+    found = json.loads(told[0])
+    assert list(found["judges"]) == [MODEL, RULE]
+    assert found["kl"]["low"] > 0
+    assert 0 <= found["judges"][RULE]["win_rate"]["mean"] <= 1
+    assert (found["prompts"], found["demonstrations"], len(found["best_of"]["kl"])) == (20, 20, 4)
+    assert found["best_of"]["matched"][MODEL]["is_bound"], "two random models are further apart than best-of-4 goes"
+    assert found["rewards"][RULE]["policy"] != found["rewards"][MODEL]["policy"]
+    assert math.isfinite(found["tax"]["mean"])
+    report = (out / "report.md").read_text()
+    for said in ("win rate by the rule", "## Best-of-n, the yardstick", "![reward against KL](frontier.png)", "## Replies"):
+        assert said in report
+    assert (out / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "frontier.png").stat().st_size < 100_000
+    for said in ("evaluate 4/4", "20 held-out prompts", "KL to the baseline", "95 % interval", f"saved in {tmp_path / 'out-1'}"):
+        assert said in done.stdout, done.stdout
