@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from actors import ragged
 from actors.experience import Experience
 from actors.model import load_tokenizer
+from cluster.faults import Fault, RunError
 from cluster.session import Session
 from data_files import files, hh, pairs
 from pipeline.data import encode
@@ -21,8 +23,6 @@ from pipeline.data.blocks import COMPARISONS, compared, encode_block
 from pipeline.data.cache import Cache, content_hash
 from pipeline.data.encode import Encoded, comparison_texts, demonstration_texts, encode_comparisons, encode_demonstrations, encode_pairs
 from pipeline.tasks.task import Comparison, Demonstration
-
-EOS = 256  # of the tiny models' tokenizer, in which a byte is a token
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +230,30 @@ def test_a_context_in_which_nothing_fits_is_told(encoded: tuple[Any, Path, dict[
     task, cache, *_ = encoded
     with pytest.raises(ValueError, match=r"^model\.context: must hold at least one of the demonstrations, got 3 tokens, and none of \d+ fits; raise it$"):
         encode_demonstrations(task, "train", str(tiny_model), 3, cache)
+
+
+@pytest.mark.slow
+def test_what_fails_on_the_way_names_its_phase(tiny_model: Path, ray_session: Session) -> None:
+    texts = comparison_texts([Comparison(prompt="a", replies=("b", "c"))], lambda prompt: ())
+    broken = partial(encode_block, comparisons=True, tokenizer_path="/nowhere", context=9, shortens=True)
+    with pytest.raises(RunError, match=r"^data failed during 'tokenising': (.|\n)*/nowhere") as caught:
+        encode._on_ray_data(texts, broken)
+    assert caught.value.fault is Fault.USER_ERROR
+
+
+class Clerk:
+    """An actor that prepares data, as a stage does it."""
+
+    def encode(self, comparisons: list[Comparison], path: str, cache: Path) -> Encoded:
+        return encode_pairs(comparisons, path, 64, cache)
+
+
+@pytest.mark.slow
+def test_an_actor_may_encode(encoded: tuple[Any, Path, dict[str, Encoded], str], tiny_model: Path, tmp_path: Path) -> None:
+    import ray
+
+    task, *_ = encoded
+    rows = task.comparisons("train")[:5]
+    found = ray.get(ray.remote(num_cpus=0)(Clerk).remote().encode.remote(rows, str(tiny_model), tmp_path / "cache"), timeout=240)
+    assert found == encode_pairs(rows, str(tiny_model), 64, tmp_path / "cache")
+    assert (found.rows, found.path.parent) == (5, tmp_path / "cache")
