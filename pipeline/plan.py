@@ -34,7 +34,8 @@ def show(config: RunConfig, console: Console) -> None:
 
     check(config)
     task = task_of(config)
-    load_function(config.reward.function or task.reward)
+    if not config.reward.model and (rule := config.reward.function or task.reward):
+        load_function(rule)
     placement = place(config, demands(config))
     shape = _shape(config)
     table = Table(title="processes", title_justify="left")

@@ -10,16 +10,18 @@ import xxhash
 
 from cluster.storage import Folder
 from pipeline.config import RunConfig
+from pipeline.data.fit import Fitted, fit_prompts
 from pipeline.tasks.task import SPLITS, PromptStream, Split, Task, comparisons_of, demonstrations_of, prompts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """train: in the order of the run's seed. heldout: the same order in every run."""
+    """train: in the order of the run's seed. heldout: the same order in every run. fitted: of each split, what was done to make its prompts fit."""
 
     tokenizer: Any
     train: PromptStream
     heldout: PromptStream
+    fitted: dict[Split, Fitted]
 
 
 def check_data(config: RunConfig, task: Task) -> None:
@@ -34,20 +36,18 @@ def asked(config: RunConfig, task: Task, model: str) -> Asked:
     """The prompts of a run whose policy starts from `model`, a folder or hub name.
 
     Raises ValueError when the model cannot be read, when it and its tokenizer, or it and the reward model that the critic begins
-    from, do not belong together, when there are no prompts, or naming the first that is too long.
+    from, do not belong together, when there are no prompts, or naming the first that is too long; where the task can shorten
+    its prompts, those that remain too long are left out and counted.
     """
     tokenizer = _tokenizer(config, model)
-    return Asked(
-        tokenizer=tokenizer,
-        train=_stream(config, task, model, tokenizer, "train", config.seed),
-        heldout=_stream(config, task, model, tokenizer, "heldout", 0),
-    )
+    (fitted, train), (also_fitted, held) = (_stream(config, task, model, tokenizer, split, seed) for split, seed in (("train", config.seed), ("heldout", 0)))
+    return Asked(tokenizer=tokenizer, train=train, heldout=held, fitted={"train": fitted, "heldout": also_fitted})
 
 
 def heldout(config: RunConfig, task: Task, model: str) -> tuple[Any, PromptStream]:
     """Tokenizer and held-out prompts alone, of the same run; for an evaluation. Raises as `asked` does."""
     tokenizer = _tokenizer(config, model)
-    return tokenizer, _stream(config, task, model, tokenizer, "heldout", 0)
+    return tokenizer, _stream(config, task, model, tokenizer, "heldout", 0)[1]
 
 
 def _tokenizer(config: RunConfig, model: str) -> Any:
@@ -65,17 +65,12 @@ def _tokenizer(config: RunConfig, model: str) -> Any:
     return tokenizer
 
 
-def _stream(config: RunConfig, task: Task, model: str, tokenizer: Any, split: Split, seed: int) -> PromptStream:
+def _stream(config: RunConfig, task: Task, model: str, tokenizer: Any, split: Split, seed: int) -> tuple[Fitted, PromptStream]:
     from actors.model import context_of
 
-    return PromptStream(
-        prompts_of(task, split),
-        tokenizer,
-        seed=seed,
-        max_prompt_tokens=config.batch.max_prompt_tokens,
-        context=context_of(model),
-        max_new_tokens=config.sampling.max_new_tokens,
-    )
+    limits = {"max_prompt_tokens": config.batch.max_prompt_tokens, "context": context_of(model), "max_new_tokens": config.sampling.max_new_tokens}
+    fitted = fit_prompts(task, prompts_of(task, split), tokenizer, **limits)
+    return fitted, PromptStream(fitted.prompts, tokenizer, seed=seed, **limits)
 
 
 def fingerprints(config: RunConfig, task: Task) -> dict[str, str]:
