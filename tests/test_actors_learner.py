@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,15 +47,6 @@ TOLERANCE = RATE / 1000
 
 def config(**options: Any) -> LearnerConfig:
     return LearnerConfig(**({"learning_rate": RATE, "micro_batch_size": 3, "schedule": "constant", "adam_epsilon": 1e-5} | options))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A tiny model is slower on two threads, and the two ranks need the other core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,6 @@ OBJECTIVES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
     "constant": (GRPO(std=False, dual_clip=3.0), {"aggregation": "constant", "constant": 14}),
     "bonus and penalty": (Reinforce(entropy_coef=0.5, kl_coef=0.2, kl_in="loss", kl_estimator="k3"), {"entropy_gradient": True, "kl_coef": 0.7}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, TokenValues
@@ -27,6 +27,7 @@ from pipeline.algorithms.reinforce_pp import ReinforcePP
 from pipeline.algorithms.rloo import RLOO
 from pipeline.algorithms.shaping import ShapingConfig
 from pipeline.assemble import Assembler, Assembly, AssemblyReport, assemble
+from random_inputs import random_inputs
 
 seeds = st.integers(0, 2**32 - 1)
 NAN = math.nan
@@ -177,7 +178,7 @@ def close(got: list[list[float]], expected: list[list[float]]) -> bool:
     return all(g == pytest.approx(e, rel=1e-3, abs=2e-4) for g, e in zip(got, expected, strict=True))
 
 
-@settings(max_examples=150, deadline=None)
+@random_inputs(150)
 @given(seeds, st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([0.9, 1.0]), st.sampled_from([0.0, 0.95, 1.0]), st.booleans())
 def test_advantages_and_returns_equal_the_loop(seed: int, kl_coef: float, gamma: float, lam: float, whiten: bool) -> None:
     algorithm = PPO(kl_coef=kl_coef, gamma=gamma, lam=lam, whiten_advantages=whiten)
@@ -189,7 +190,7 @@ def test_advantages_and_returns_equal_the_loop(seed: int, kl_coef: float, gamma:
     assert close(table["returns"].to_pylist(), returns)
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds)
 def test_an_algorithm_is_given_token_rewards_values_and_groups(seed: int) -> None:
     """-kl_coef * (log pi - log pi_ref) at every action token, the score at the last one; groups numbered from 0."""
@@ -204,7 +205,7 @@ def test_an_algorithm_is_given_token_rewards_values_and_groups(seed: int) -> Non
         assert returns == [groups.index(s.group_id) * a for a in s.acted]
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds, st.sampled_from([PPO(kl_coef=0.2), PPO(), Reinforce(kl_coef=0.1), Reinforce()]))
 def test_the_result_does_not_depend_on_how_the_tables_came_to_the_bit(seed: int, algorithm: Algorithm) -> None:
     samples = random_step(seed)
@@ -215,7 +216,7 @@ def test_the_result_does_not_depend_on_how_the_tables_came_to_the_bit(seed: int,
         assert shuffled.equals(table)
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds)
 def test_everything_else_is_carried_over_in_sample_order(seed: int) -> None:
     samples = random_step(seed)
@@ -229,7 +230,7 @@ def test_everything_else_is_carried_over_in_sample_order(seed: int) -> None:
     assert table["values"].equals(values(trained)["values"])
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds, st.sampled_from([PPO(kl_coef=0.2), Reinforce()]))
 def test_columns_are_zero_where_nothing_was_chosen_and_finite_everywhere(seed: int, algorithm: Algorithm) -> None:
     """The NaN reward of a quarantined sample reaches nobody else, and whitening shifts no token that was not an action."""

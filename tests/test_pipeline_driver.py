@@ -122,6 +122,7 @@ def test_groups_without_variance_are_kept_unless_they_are_to_be_left_out(ray_ses
     assert trained(tmp_path) == list(range(16))
 
 
+@pytest.mark.slow
 def test_refills_that_do_not_end_stop_the_run_by_name(ray_session: Session, tmp_path: Path) -> None:
     """The first step and at most twice as much again: 12 groups, of which group 2 alone is good, and group 3 lost a sample."""
     flat = tuple(g for g in range(100) if g != 2)
@@ -132,7 +133,8 @@ def test_refills_that_do_not_end_stop_the_run_by_name(ray_session: Session, tmp_
     assert not (tmp_path / "seen").exists(), "nothing was trained on"
 
 
-@pytest.mark.parametrize(("options", "proximal"), [pytest.param({}, -1.5, marks=pytest.mark.slow), ({"decoupled": True}, -1.25)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "proximal"), [({}, -1.5), ({"decoupled": True}, -1.25)])
 def test_the_learner_is_asked_for_its_own_log_probs_where_the_algorithm_needs_them(
     options: dict[str, Any], proximal: float, ray_session: Session, tmp_path: Path
 ) -> None:
@@ -253,6 +255,7 @@ def test_a_stop_does_not_wait_for_rollouts(ray_session: Session, tmp_path: Path)
     assert trained(run_dir) == list(range(60))
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_was_taken_over_stops_and_commits_nothing_more(ray_session: Session, tmp_path: Path) -> None:
     run_dir, run = tmp_path / "run", config(steps=4, commit_every=1)
 
