@@ -158,7 +158,7 @@ class Gang:
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
         """What every rank returned. A rank's exception is raised here; no answer in time is an AssertionError."""
         for pipe in self._pipes:
             pipe.send((function, arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, TokenValues
+from actors.micro_batches import Batch, deal
 from pipeline.algorithms.a2c import A2C
 from pipeline.algorithms.base import Advantages, Algorithm, Trajectories
 from pipeline.algorithms.grpo import GRPO
@@ -214,6 +217,33 @@ def test_the_result_does_not_depend_on_how_the_tables_came_to_the_bit(seed: int,
         again, shuffled = run(algorithm, samples, np.random.default_rng([seed, attempt]))
         assert repr(again) == repr(report)  # nan is not equal to itself
         assert shuffled.equals(table)
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(kl_coef=0.0), GRPO(kl_coef=0.0, std=False), RLOO(kl_coef=0.0)], ids=["grpo", "grpo without std", "rloo"])
+def test_group_statistics_do_not_depend_on_how_groups_fall_on_ranks(algorithm: Algorithm) -> None:
+    """They are taken over the whole step, whatever ranks and micro-batches the table's parts come from and its rows go to."""
+    random = np.random.default_rng(0)
+    lengths, rewards = random.integers(1, 9, 12), random.normal(size=12).astype(np.float32)
+    samples = [  # three groups of four
+        Sample(sample_id=i, group_id=i // 4, tokens=[1, *[2] * n], acted=[False, *[True] * n], logprobs=[0.0] * (n + 1), reference=[0.0] * (n + 1),
+               values=[0.0] * (n + 1), reward=float(rewards[i])) for i, n in enumerate(lengths.tolist())
+    ]  # fmt: skip
+    table = run(algorithm, samples)[1]
+    for ranks, size in itertools.product((1, 2, 3), (1, 3, 12)):
+        shares = deal(np.arange(12), lengths + 1, ranks=ranks, micro_batch_size=size)
+        split = [len({rank for rank, share in enumerate(shares) for rows in share if np.any(rows // 4 == group)}) for group in range(3)]
+        assert max(split) == ranks, "some group must be on all ranks for this test to test it"
+        parts = [[samples[row] for rows in share for row in rows] for share in shares]
+        counts = (ranks, ranks, 0, 0, 0)
+        assert assemble(how(algorithm), range(12), counts, *map(rollouts, parts), *map(scores, parts))[1].equals(table)
+        batch = Batch(table, torch.device("cpu"))
+        for rows in (rows for share in shares for rows in share):
+            got = batch.actions(rows)
+            for at, row in enumerate(rows.tolist()):
+                group = rewards[row // 4 * 4 :][:4].tolist()
+                others = statistics.fmean(group) if isinstance(algorithm, GRPO) else (sum(group) - rewards[row]) / 3
+                spread = statistics.stdev(group) if isinstance(algorithm, GRPO) and algorithm.std else 1.0
+                assert got.advantages[got.row == at].tolist() == pytest.approx([(rewards[row] - others) / spread] * int(lengths[row]), rel=1e-4)
 
 
 @random_inputs(100)
