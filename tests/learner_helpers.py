@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,8 +24,14 @@ from actors.experience import Experience
 from actors.learner import Learner, UpdatePlan, UpdateReport
 from actors.objective import ActionTokens
 
+STAGES = (0, 1, 2, 3)
 VOCABULARY = 96
 POISON = 666.0  # an advantage that makes PolicyGradient's loss finite and its gradient infinite
+
+
+def stages(*quick: int) -> list[Any]:
+    """Every ZeRO stage as a test's parameter; `make check` is content with the quick ones."""
+    return [stage if stage in quick else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
 
 
 def save_tiny_model(folder: Path, *, seed: int = 0, width: int = 32) -> str:

@@ -22,7 +22,7 @@ from actors.config import LearnerConfig
 from actors.learner import Learner, UpdatePlan
 from actors.model import PolicyModel, TokenInputs, load_causal_lm
 from actors.objective import ActionTokens
-from learner_helpers import Trained, free_port, make_experience, pair, plan, replace, save_tiny_model, weights_of
+from learner_helpers import STAGES, Trained, free_port, make_experience, pair, plan, replace, save_tiny_model, weights_of
 from pipeline.algorithms.base import Algorithm
 from pipeline.algorithms.grpo import GRPO
 from pipeline.algorithms.ppo import PPO
@@ -163,7 +163,7 @@ def wanted(path: str, experience: pa.Table) -> dict[str, Course]:
 
 @pytest.mark.parametrize(
     ("stage", "ranks"),
-    [pytest.param(stage, ranks, marks=[] if (stage, ranks) == (1, 2) else pytest.mark.slow) for stage in (0, 1, 2, 3) for ranks in (1, 2)],
+    [pytest.param(stage, ranks, marks=[] if (stage, ranks) == (1, 2) else pytest.mark.slow) for stage in STAGES for ranks in (1, 2)],
 )
 def test_the_gradient_is_the_plain_loops_for_every_cut(
     stage: int, ranks: int, path: str, experience: pa.Table, wanted: dict[str, Course], tmp_path: Path

@@ -19,9 +19,22 @@ from actors.learner import Learner, LearnerReady, UpdateReport
 from actors.objective import ActionTokens
 from actors.shards import write_shard
 from cluster.storage import Folder
-from learner_helpers import POISON, PolicyGradient, SquaredError, free_port, make_experience, make_learner, pair, plan, replace, save_tiny_model, weights_of
+from learner_helpers import (
+    POISON,
+    STAGES,
+    PolicyGradient,
+    SquaredError,
+    free_port,
+    make_experience,
+    make_learner,
+    pair,
+    plan,
+    replace,
+    save_tiny_model,
+    stages,
+    weights_of,
+)
 
-STAGES = (0, 1, 2, 3)
 DTYPES = ("float32", "bfloat16")
 RATE = 1e-3
 TOLERANCE = RATE / 1000  # as in test_actors_learner: a thousandth of the largest step
@@ -172,7 +185,7 @@ def test_so_does_one_of_another_width_at_stage_3(width: int, dtype: str, tmp_pat
     assert_lives_are_the_same(on(2, lives, model, config(zero_stage=3, dtype=dtype), "policy", str(tmp_path)))
 
 
-@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
+@pytest.mark.parametrize("stage", stages(1))
 def test_wherever_an_update_broke_off(stage: int, path: str, tmp_path: Path) -> None:
     learner = make_learner(path, config(zero_stage=stage))
     learner.save(str(tmp_path))
@@ -190,7 +203,7 @@ def first_step(rank: int, ranks: int, port: int, path: str, settings: LearnerCon
     return weights_of(learner) or {}
 
 
-@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
+@pytest.mark.parametrize("stage", stages(3))
 def test_the_files_hold_what_their_names_say(stage: int, tmp_path: Path) -> None:
     odd = save_tiny_model(tmp_path / "model", width=33)  # nothing divides by two ranks
     settings = config(zero_stage=stage)
@@ -213,7 +226,7 @@ def test_equal_runs_have_equal_checksums_and_other_runs_others(path: str, tmp_pa
     assert first.save(str(tmp_path)).file.checksum != same[0]
 
 
-@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
+@pytest.mark.parametrize("stage", stages(1))
 def test_before_any_step_there_are_no_moments(stage: int, path: str, tmp_path: Path) -> None:
     settings = config(zero_stage=stage, dtype="bfloat16")
     learner = make_learner(path, settings)
