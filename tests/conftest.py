@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     """One local Ray for all tests; it counts 16 CPUs, whatever the machine has."""
-    with Session(ClusterConfig(address="local"), tmp_path_factory.mktemp("log"), packages=("cluster",), local_cpus=16) as session:
+    with Session(ClusterConfig(address="local", start_timeout_s=180), tmp_path_factory.mktemp("log"), packages=("cluster",), local_cpus=16) as session:
         yield session
 
 

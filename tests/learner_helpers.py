@@ -227,8 +227,7 @@ def train_on(ranks: int, *arguments: Any) -> Trained:
 
 
 def _serve(pipe: Any, rank: int, ranks: int, port: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    os.nice(15)  # as Ray does with its workers, or those of a test that runs beside this one would starve
     while True:
         function, arguments = pipe.recv()
         try:
