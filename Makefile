@@ -2,14 +2,17 @@
 #
 #   PYTHON=python3.12      the interpreter .venv is made from (3.11 or 3.12)
 #   PIP_FLAGS=...          passed to pip, e.g. an index with CPU-only torch wheels (see README, "Install")
+#   JOBS=2                 how many workers run tests; each has a Ray of its own (about 4 GB)
 #   ARGS=...               passed to the command, e.g. make quickstart ARGS="--seed 1"
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
 PIP_FLAGS ?=
+JOBS ?= 2
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help install quickstart test check chaos lint bench clean
@@ -45,11 +48,11 @@ lint: $(STAMP)
 
 test: lint
 	@echo "== every test"
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: lint
 	@echo "== quick tests"
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" --hypothesis-profile quick $(ARGS)
 
 chaos: $(STAMP)
 	@echo "== processes are killed and stopped; runs must end as if nothing had happened"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,9 @@ from actors.config import RolloutConfig, SamplingConfig
 from actors.device import assigned_compute
 from actors.experience import Prompts, Rollouts
 from actors.generation.engine import Completion, Engine, Request
-from actors.generation.torch_engine import TorchEngine
-from actors.weights import Weights
+
+if TYPE_CHECKING:
+    from actors.weights import Weights
 
 
 class WeightsSource(Protocol):
@@ -68,6 +69,8 @@ class RolloutWorker:
 
         untie_head: the published weights have an output head of their own (see `load_causal_lm`).
         """
+        from actors.generation.torch_engine import TorchEngine  # late: whoever only reads reports needs no torch
+
         self._engine: Engine = TorchEngine(path, config, assigned_compute(config.gpus).device, untie_head=untie_head)
         self._sampling = sampling
         self._seed = seed

@@ -8,23 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from cluster.config import ClusterConfig
 from cluster.session import Session
+from random_inputs import QUICK
 
 TESTS = Path(__file__).resolve().parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny models on two cores: more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models, for which more threads only wait for each other
 # Ray's workers inherit this: they import the sources, and the classes that tests define, as pytest does.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))
+
+settings.register_profile(QUICK, max_examples=30)
+
+LONGEST = ("test_pipeline_resume", "test_pipeline_run", "test_pipeline_job", "test_pipeline_driver", "test_actors_state", "test_pipeline_bad_input")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: with several workers, each of which takes one file after the other, no worker is then left alone at the end."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")
 def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     """One local Ray for all tests; it counts 16 CPUs, whatever the machine has."""
-    with Session(ClusterConfig(address="local"), tmp_path_factory.mktemp("log"), packages=("cluster",), local_cpus=16) as session:
+    with Session(ClusterConfig(address="local", start_timeout_s=180), tmp_path_factory.mktemp("log"), packages=("cluster",), local_cpus=16) as session:
         yield session
 
 

@@ -1,6 +1,7 @@
 """Workers that need no model: real actors in real pools and gangs, with made-up tables of the declared schemas.
 
-They let a test see what the driver does with many tokens, with failures and with wrong answers, in seconds.
+They let a test see what the driver does with many tokens, with failures and with wrong answers, in seconds; hence what needs torch is imported late,
+and only the learner needs it.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from actors import ragged
 from actors.experience import Prompts, Rollouts, Scores, TokenLogprobs
-from actors.learner import LearnerReady, ShardReport, UpdatePlan, UpdateReport
 from actors.reward import RewardReport, flat_groups
 from actors.rollout import RolloutReport
-from actors.weights import Manifest
 from cluster.storage import Folder
+
+if TYPE_CHECKING:
+    from actors.learner import LearnerReady, ShardReport, UpdatePlan, UpdateReport
+    from actors.weights import Manifest
 
 
 def rollouts(sample_ids: np.ndarray[Any, Any], group_size: int, length: int, version: int) -> Rollouts:
@@ -117,6 +120,8 @@ class FakeLearner:
         self.steps = 0
 
     def connect(self, address: str, port: int) -> LearnerReady:
+        from actors.learner import LearnerReady
+
         return LearnerReady(parameters=1, trainable=1, device="cpu", dtype="float32", context=64, checksum=self.model)
 
     def infer(self, *parts: pa.Table) -> tuple[None, pa.Table]:
@@ -129,6 +134,8 @@ class FakeLearner:
     def update(self, experience: pa.Table, plan: UpdatePlan) -> UpdateReport:
         if plan.step == self.die_step and (not self.die_at or _once(self.die_at)):
             os._exit(1)
+        from actors.learner import UpdateReport
+
         assert plan.step == self.steps, f"asked to learn step {plan.step} after {self.steps} steps"
         self.steps += 1
         with self.seen.open("a") as file:
@@ -139,10 +146,14 @@ class FakeLearner:
         )  # fmt: skip
 
     def publish(self, version: int, dtype: str) -> tuple[Manifest, None]:
+        from actors.weights import Manifest
+
         return Manifest(names=(), shapes=(), dtype="float32", offsets=(), checksum=f"version {version}"), None
 
     def save(self, folder: str) -> ShardReport:
         """Its whole state is how many steps it has learned."""
+        from actors.learner import ShardReport
+
         return ShardReport(file=Folder(folder).write_file("rank-0.safetensors", lambda path: path.write_text(str(self.steps))), seconds=0.0)
 
     def restore(self, folder: str, files: list[str]) -> None:

@@ -18,6 +18,7 @@ from actors.config import LearnerConfig
 from actors.deepspeed_engine import _assert_settings
 from learner_helpers import (
     POISON,
+    STAGES,
     Gang,
     Learner,
     PolicyGradient,
@@ -28,12 +29,20 @@ from learner_helpers import (
     plan,
     replace,
     save_tiny_model,
+    stages,
     train_on,
     weights_of,
 )
 
-STAGES = (0, 1, 2, 3)
 DTYPES = ("float32", "bfloat16")
+
+
+BAD = [
+    pytest.param(value, dtype, stage, marks=[] if (value, dtype, stage) in ((POISON, "float32", 3), (POISON, "bfloat16", 1)) else pytest.mark.slow)
+    for value in (POISON, float("nan"))
+    for dtype in DTYPES
+    for stage in STAGES
+]
 
 
 def config(**options: Any) -> LearnerConfig:
@@ -53,10 +62,8 @@ def poisoned(value: float) -> pa.Table:
     return replace(table, "advantages", rows)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [POISON, pytest.param(float("nan"), marks=pytest.mark.slow)])
-def test_a_bad_gradient_on_one_rank_is_skipped_on_all_and_leaves_no_trace(stage: int, dtype: str, value: float, path: str) -> None:
+@pytest.mark.parametrize(("value", "dtype", "stage"), BAD)
+def test_a_bad_gradient_on_one_rank_is_skipped_on_all_and_leaves_no_trace(value: float, dtype: str, stage: int, path: str) -> None:
     settings, clean = config(zero_stage=stage, dtype=dtype), make_experience(8, seed=3)
     course = [plan(step=i, epochs=1, minibatches=1) for i in range(3)]
     untouched = train_on(2, path, settings, [poisoned(value)], course[:1])
@@ -91,7 +98,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_what_poison_is(path: str) ->
     assert abs(report.loss) < 100
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages(1, 3))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_settings_that_decide_the_numbers_are_read_back(stage: int, dtype: str, path: str) -> None:
     learner = make_learner(path, config(zero_stage=stage, dtype=dtype, max_grad_norm=0.25))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,6 @@ from actors.generation.torch_engine import TorchEngine
 FAMILIES: dict[str, Callable[[Path], Path]] = {"gpt2": tiny_models.save_gpt2, "llama": tiny_models.save_llama, "qwen2": tiny_models.save_qwen2}
 CONTEXT = 96
 LENGTHS = (1, 3, 16, 17, 40, 5, 7, 2, 33, 20, 11, 60)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A second thread only costs time on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

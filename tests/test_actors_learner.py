@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +34,12 @@ from learner_helpers import (
     replace,
     rollouts_of,
     save_tiny_model,
+    stages,
     train_on,
     weights_of,
 )
 from tiny_models import save_llama
 
-STAGES = (0, 1, 2, 3)
 TEMPERATURE = 0.9  # as in make_learner
 # Weights move by up to learning_rate a step, so agreement is asked to a thousandth of one step (float32 sums in another order).
 RATE = 1e-3
@@ -49,15 +48,6 @@ TOLERANCE = RATE / 1000
 
 def config(**options: Any) -> LearnerConfig:
     return LearnerConfig(**({"learning_rate": RATE, "micro_batch_size": 3, "schedule": "constant", "adam_epsilon": 1e-5} | options))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A tiny model is slower on two threads, and the two ranks need the other core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -123,16 +113,10 @@ def assert_same(got: Trained, want: Oracle, tolerance: float = TOLERANCE) -> Non
         assert float((tensor - want.weights[name]).abs().max()) < tolerance, name
 
 
-MATRIX = [
-    pytest.param(stage, ranks, size, marks=[] if (ranks, size) == (2, 3) or (stage, ranks, size) == (0, 1, 64) else pytest.mark.slow)
-    for stage, ranks, size in itertools.product(STAGES, (1, 2), (3, 64))
-]
-
-
-@pytest.mark.parametrize(("stage", "ranks", "micro_batch_size"), MATRIX)
-def test_every_stage_rank_count_and_micro_batch_size_does_what_the_plain_loop_does(
-    stage: int, ranks: int, micro_batch_size: int, path: str, experience: pa.Table
-) -> None:
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [pytest.param(1, 64, marks=pytest.mark.slow), (2, 3)])
+@pytest.mark.parametrize("stage", stages(0, 2))
+def test_every_stage_does_what_the_plain_loop_does(stage: int, ranks: int, micro_batch_size: int, path: str, experience: pa.Table) -> None:
+    """Over several minibatches; tests/test_actors_objectives.py goes through every number of ranks and micro-batch size."""
     settings = config(zero_stage=stage, micro_batch_size=micro_batch_size, max_grad_norm=1.0)
     want = oracle(path, settings, experience, plan())
     assert min(want.norms) > 1.0, "clipping must be at work for this test to test it"
@@ -158,14 +142,14 @@ def test_without_clipping_and_with_either_aggregation(options: dict[str, float],
     assert_same(train_on(2, path, settings, [experience], [course]), oracle(path, settings, experience, course), tolerance=RATE / 100)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages(3))
 def test_fewer_rows_than_ranks_times_micro_batches_are_filled_up_with_weight_zero(stage: int, path: str) -> None:
     few, course = make_experience(3, seed=5), plan(epochs=1, minibatches=3)
     settings = config(zero_stage=stage, micro_batch_size=1)
     assert_same(train_on(2, path, settings, [few], [course]), oracle(path, settings, few, course))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages(1))
 def test_the_critic_does_what_the_plain_loop_does(stage: int, path: str, experience: pa.Table) -> None:
     settings = config(zero_stage=stage, max_grad_norm=0.1)
     want = oracle(path, settings, experience, plan(), role="critic")
@@ -187,7 +171,7 @@ def test_the_same_run_twice_gives_the_same_bits(path: str, experience: pa.Table)
     assert all(torch.equal(tensor, b.weights[name]) for name, tensor in a.weights.items())
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages(1))
 def test_bfloat16_follows_float32_at_every_stage(stage: int, path: str, experience: pa.Table) -> None:
     course = plan(epochs=3, minibatches=1)
     start = weights_of(make_learner(path, config()))
@@ -205,7 +189,7 @@ def infer_on(rank: int, ranks: int, port: int, path: str, settings: LearnerConfi
     return report.mean, table
 
 
-@pytest.mark.parametrize(("stage", "pack_tokens"), [(0, 0), (1, 30), (2, 0), (3, 0)])
+@pytest.mark.parametrize(("stage", "pack_tokens"), [pytest.param(*cut, marks=pytest.mark.slow) for cut in ((0, 0), (1, 30), (2, 0))] + [(3, 0)])
 def test_infer_shares_rows_out_and_gives_the_models_log_probs(stage: int, pack_tokens: int, path: str, experience: pa.Table) -> None:
     tables = [rollouts_of(experience.slice(0, 4)), rollouts_of(experience.slice(4))]
     model = load_causal_lm(path, torch.float32)
@@ -264,7 +248,7 @@ def test_the_learning_rate_follows_the_schedule_over_the_whole_run(path: str, ex
         learner.update(experience, plan(step=250))
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", stages(3))
 @pytest.mark.parametrize(("role", "head"), [("policy", "lm_head.weight"), ("critic", "value_head")])
 def test_heads_mode_trains_the_head_alone(stage: int, role: str, head: str, path: str, experience: pa.Table) -> None:
     runs = [train_on(2, path, config(zero_stage=stage, trainable="heads"), [experience] * n, [plan(step=i) for i in range(n)], role) for n in (0, 1)]
@@ -282,7 +266,7 @@ def export_on(rank: int, ranks: int, port: int, path: str, settings: LearnerConf
     return learner.infer(rollouts_of(experience))[1], manifest.checksum if manifest else ""
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", stages(1))
 @pytest.mark.parametrize("trainable", ["all", "heads"])
 def test_what_is_exported_is_what_was_trained_and_published(stage: int, trainable: str, path: str, experience: pa.Table, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

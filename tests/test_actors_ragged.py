@@ -7,12 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import ragged
+from random_inputs import random_inputs
 
-many = settings(max_examples=600, deadline=None)
+many = random_inputs(600)
 seeds = st.integers(0, 2**32 - 1)
 
 TYPES = (pa.int32(), pa.int16(), pa.float32(), pa.bool_())

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config import SamplingConfig
 from actors.generation.sampler import BLOCK, keep_top_k, keep_top_p, sample, uniforms
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A second thread only costs time on tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from random_inputs import random_inputs
 
 
 def reference_top_k(logits: np.ndarray, k: int) -> set[int]:
@@ -70,7 +60,7 @@ def test_every_uniform_lands_where_the_exact_running_sum_says(vocabulary: int) -
     assert (uniform <= cumulative[chosen] + 1e-6).all()
 
 
-@settings(max_examples=60, deadline=None)
+@random_inputs(60)
 @given(seed=st.integers(0, 2**32 - 1), uniform=st.sampled_from([0.0, 5e-324, 0.25, 0.5, 1 - 2**-53]), vocabulary=st.sampled_from([3, 300, 1000]))
 def test_a_token_of_probability_zero_is_never_drawn(seed: int, uniform: float, vocabulary: int) -> None:
     generator = np.random.default_rng(seed)
@@ -82,7 +72,7 @@ def test_a_token_of_probability_zero_is_never_drawn(seed: int, uniform: float, v
     assert torch.isfinite(logprobs).all()
 
 
-@settings(max_examples=60, deadline=None)
+@random_inputs(60)
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 40), p=st.floats(0.05, 0.99), ties=st.booleans())
 def test_top_k_and_top_p_keep_exactly_the_reference_sets(seed: int, k: int, p: float, ties: bool) -> None:
     logits = torch.from_numpy(np.random.default_rng(seed).normal(size=(4, 40)).astype(np.float32) * 2)

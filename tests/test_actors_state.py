@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,22 @@ from actors.learner import Learner, LearnerReady, UpdateReport
 from actors.objective import ActionTokens
 from actors.shards import write_shard
 from cluster.storage import Folder
-from learner_helpers import POISON, PolicyGradient, SquaredError, free_port, make_experience, make_learner, pair, plan, replace, save_tiny_model, weights_of
+from learner_helpers import (
+    POISON,
+    STAGES,
+    PolicyGradient,
+    SquaredError,
+    free_port,
+    make_experience,
+    make_learner,
+    pair,
+    plan,
+    replace,
+    save_tiny_model,
+    stages,
+    weights_of,
+)
 
-STAGES = (0, 1, 2, 3)
 DTYPES = ("float32", "bfloat16")
 RATE = 1e-3
 TOLERANCE = RATE / 1000  # as in test_actors_learner: a thousandth of the largest step
@@ -30,14 +43,6 @@ EXPERIENCE = make_experience(8)
 
 def config(**options: Any) -> LearnerConfig:
     return LearnerConfig(**({"learning_rate": RATE, "micro_batch_size": 1, "schedule": "constant"} | options))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +158,7 @@ def assert_lives_are_the_same(results: list[dict[str, Life]]) -> None:
 
 
 MATRIX = [
-    pytest.param(stage, dtype, ranks, marks=[] if (ranks, dtype) == (2, DTYPES[stage // 2]) else pytest.mark.slow)
+    pytest.param(stage, dtype, ranks, marks=[] if (stage, dtype, ranks) in ((1, "float32", 2), (3, "bfloat16", 2)) else pytest.mark.slow)
     for stage in STAGES
     for dtype in DTYPES
     for ranks in (1, 2)
@@ -165,9 +170,8 @@ def test_a_restored_learner_equals_an_undisturbed_one_to_the_bit(stage: int, dty
     assert_lives_are_the_same(on(ranks, lives, path, config(zero_stage=stage, dtype=dtype), "policy", str(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("role", "options"), [("critic", {}), ("policy", {"trainable": "heads"}), ("policy", {"weight_decay": 0.1})])
 def test_so_does_every_other_kind_of_learner(stage: int, role: str, options: dict[str, Any], path: str, tmp_path: Path) -> None:
     assert_lives_are_the_same(on(2, lives, path, config(zero_stage=stage, **options), role, str(tmp_path)))
@@ -181,7 +185,7 @@ def test_so_does_one_of_another_width_at_stage_3(width: int, dtype: str, tmp_pat
     assert_lives_are_the_same(on(2, lives, model, config(zero_stage=3, dtype=dtype), "policy", str(tmp_path)))
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, 2, 3])
+@pytest.mark.parametrize("stage", stages(1))
 def test_wherever_an_update_broke_off(stage: int, path: str, tmp_path: Path) -> None:
     learner = make_learner(path, config(zero_stage=stage))
     learner.save(str(tmp_path))
@@ -199,7 +203,7 @@ def first_step(rank: int, ranks: int, port: int, path: str, settings: LearnerCon
     return weights_of(learner) or {}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages(3))
 def test_the_files_hold_what_their_names_say(stage: int, tmp_path: Path) -> None:
     odd = save_tiny_model(tmp_path / "model", width=33)  # nothing divides by two ranks
     settings = config(zero_stage=stage)
@@ -222,7 +226,7 @@ def test_equal_runs_have_equal_checksums_and_other_runs_others(path: str, tmp_pa
     assert first.save(str(tmp_path)).file.checksum != same[0]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", stages(1))
 def test_before_any_step_there_are_no_moments(stage: int, path: str, tmp_path: Path) -> None:
     settings = config(zero_stage=stage, dtype="bfloat16")
     learner = make_learner(path, settings)
@@ -254,8 +258,8 @@ def move(rank: int, ranks: int, port: int, path: str, settings: LearnerConfig, f
 
 MOVES = [
     ((2, 1), (1, 3), {}),
-    ((1, 3), (2, 1), {"micro_batch_size": 3}),
-    ((2, 0), (2, 2), {"weight_decay": 0.1}),
+    pytest.param((1, 3), (2, 1), {"micro_batch_size": 3}, marks=pytest.mark.slow),
+    pytest.param((2, 0), (2, 2), {"weight_decay": 0.1}, marks=pytest.mark.slow),
     pytest.param((2, 3), (1, 0), {"dtype": "bfloat16"}, marks=pytest.mark.slow),
     pytest.param((2, 2), (1, 2), {}, marks=pytest.mark.slow),
     pytest.param((1, 2), (2, 3), {"dtype": "bfloat16"}, marks=pytest.mark.slow),
@@ -407,6 +411,7 @@ def ready_in_two_stages(rank: int, ranks: int, port: int, path: str) -> list[str
     return [ready(rank, ranks, port, path, "policy", zero_stage=stage).checksum for stage in (1, 3)]
 
 
+@pytest.mark.slow
 def test_ready_has_the_checksum_of_the_model_as_it_was_loaded(path: str, tmp_path: Path) -> None:
     [alone] = {ready(0, 1, 0, path, "policy", zero_stage=stage).checksum for stage in STAGES}
     assert len(alone) == 32

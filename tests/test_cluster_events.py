@@ -132,12 +132,14 @@ def test_what_a_callback_raises_comes_out_and_the_others_stay_watched(sleeper: A
 
 
 def test_an_event_costs_well_under_a_millisecond(ray_session: Session) -> None:
-    pump = Pump()
-    values: list[Any] = []
-    refs = [ray.put(number) for number in range(200)]  # answered already: what remains is the pump's own work
-    for ref in refs:
-        watch(pump, ref, values.append, unexpected)
-    started = time.perf_counter()
-    pump.run_until(lambda: len(values) == len(refs), timeout_s=20, waiting_for="all")
-    assert (time.perf_counter() - started) / len(refs) < 0.001
-    assert sorted(values) == list(range(200))
+    """The best of five times, since other processes are at work beside this one."""
+    refs, took = [ray.put(number) for number in range(200)], []  # answered already: what remains is the pump's own work
+    for _ in range(5):
+        pump, values = Pump(), list[Any]()
+        for ref in refs:
+            watch(pump, ref, values.append, unexpected)
+        started = time.perf_counter()
+        pump.run_until(lambda: len(values) == len(refs), timeout_s=20, waiting_for="all")  # noqa: B023
+        took.append(time.perf_counter() - started)
+        assert sorted(values) == list(range(200))
+    assert min(took) / len(refs) < 0.001

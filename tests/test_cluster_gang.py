@@ -101,10 +101,10 @@ def test_ranks_meet_and_answer_in_order(make_gang: Callable[..., Gang]) -> None:
     ("troubles", "who", "fault", "cause"),
     [
         (("lose", "die later"), "policy[1]", Fault.WORKER_LOST, "the process or its node is gone"),
-        (("raise", "lose"), "policy[0]", Fault.USER_ERROR, "ValueError: bad batch on rank 0"),
-        (("hang", "raise"), "policy[1]", Fault.USER_ERROR, "ValueError: bad batch on rank 1"),
+        pytest.param(("raise", "lose"), "policy[0]", Fault.USER_ERROR, "ValueError: bad batch on rank 0", marks=pytest.mark.slow),
+        pytest.param(("hang", "raise"), "policy[1]", Fault.USER_ERROR, "ValueError: bad batch on rank 1", marks=pytest.mark.slow),
         (("", "lose"), "policy[1]", Fault.PEER_LOST, "a peer of its gang is gone or silent:"),
-        (("lose", "hang"), "policy[1]", Fault.EXPIRED, "no answer; its peer policy[0] reports:"),
+        pytest.param(("lose", "hang"), "policy[1]", Fault.EXPIRED, "no answer; its peer policy[0] reports:", marks=pytest.mark.slow),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else None,
 )

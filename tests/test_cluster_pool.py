@@ -156,6 +156,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(make_pool: Callable[..., Poo
     assert time.monotonic() < until, "the hanging process is still there"
 
 
+@pytest.mark.slow
 def test_the_owner_may_take_expired_work_back(make_pool: Callable[..., Pool]) -> None:
     pool = make_pool(size=1)
     owner = Owner(pool)
@@ -185,7 +186,9 @@ def drop(owner: Owner, trouble: str, **more: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "replaced"), [("take time", 0), ("raise", 0), ("die", 1), pytest.param("hang", 1, marks=pytest.mark.slow)], ids=lambda value: str(value)
+    ("trouble", "replaced"),
+    [("raise", 0), ("die", 1), *(pytest.param(trouble, replaced, marks=pytest.mark.slow) for trouble, replaced in (("take time", 0), ("hang", 1)))],
+    ids=lambda value: str(value),
 )
 def test_nobody_hears_of_dropped_work_however_it_ends(make_pool: Callable[..., Pool], trouble: str, replaced: int) -> None:
     """The worker takes new work when it is done with the old, or when its replacement is there."""
@@ -202,6 +205,7 @@ def test_nobody_hears_of_dropped_work_however_it_ends(make_pool: Callable[..., P
     assert (pool.replaced, pool.workers[0].pid == pid) == (replaced, not replaced)
 
 
+@pytest.mark.slow
 def test_work_may_be_dropped_from_within_a_call_back(make_pool: Callable[..., Pool]) -> None:
     pool = make_pool(size=1)
     owner = Owner(pool)

@@ -99,6 +99,7 @@ def _without_ray() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
+@pytest.mark.slow
 def test_a_local_ray_is_silent_has_a_token_and_leaves_only_its_logs(tmp_path: Path) -> None:
     with running(tmp_path / "log") as (cpus, temp_dir, token, replaced, address):
         assert Path(temp_dir).name.startswith("raylign-")

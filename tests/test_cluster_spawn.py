@@ -60,6 +60,7 @@ def test_a_plain_class_becomes_an_actor_with_its_process_settled(placed: Placed,
     ray.kill(handle)
 
 
+@pytest.mark.slow
 def test_without_a_log_folder_the_output_stays_with_ray(placed: Placed, ray_session: Session, tmp_path: Path) -> None:
     elsewhere = Placed(placed.placement, placed._group, log_dir=tmp_path / "on another machine", packages=(), pulse_timeout_s=60)
     handle = elsewhere.spawn(Plain, "plain", 0, "a", times=1)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -29,6 +29,7 @@ from pipeline.algorithms.reinforce import Reinforce
 from pipeline.algorithms.reinforce_baseline import ReinforceBaseline
 from pipeline.algorithms.reinforce_pp import ReinforcePP
 from pipeline.algorithms.rloo import RLOO
+from random_inputs import random_inputs
 
 NAN = math.nan
 seeds = st.integers(0, 2**32 - 1)
@@ -104,7 +105,7 @@ def loop_gae(rewards: list[float], values: list[float], gamma: float, lam: float
 number = st.floats(-5, 5, width=32)
 
 
-@settings(max_examples=300, deadline=None)
+@random_inputs(300)
 @given(
     rows=st.lists(st.lists(st.tuples(number, number), max_size=8), min_size=1, max_size=5),
     gamma=st.floats(0, 1),
@@ -221,7 +222,7 @@ KINDS = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@random_inputs(300)
 @given(seeds)
 def test_every_algorithms_advantages_equal_the_loop(seed: int) -> None:
     step = step_of(seed)
@@ -235,7 +236,7 @@ def test_every_algorithms_advantages_equal_the_loop(seed: int) -> None:
             assert torch.isfinite(column).all(), algorithm
 
 
-@settings(max_examples=150, deadline=None)
+@random_inputs(150)
 @given(seeds)
 def test_advantages_do_not_depend_on_the_order_of_samples(seed: int) -> None:
     step = step_of(seed).batch
@@ -246,7 +247,7 @@ def test_advantages_do_not_depend_on_the_order_of_samples(seed: int) -> None:
         assert torch.allclose(again, straight[order], rtol=1e-5, atol=1e-6), algorithm
 
 
-@settings(max_examples=300, deadline=None)
+@random_inputs(300)
 @given(seeds, st.booleans(), st.booleans())
 def test_whitening_equals_the_loop(seed: int, shift_mean: bool, unbiased: bool) -> None:
     step = step_of(seed)
@@ -259,7 +260,7 @@ def test_whitening_equals_the_loop(seed: int, shift_mean: bool, unbiased: bool) 
     assert not out[~step.batch.mask].any()
 
 
-@settings(max_examples=300, deadline=None)
+@random_inputs(300)
 @given(seeds)
 def test_token_rewards_equal_the_loop(seed: int) -> None:
     step = step_of(seed)
@@ -309,7 +310,7 @@ def test_a_rollout_without_an_action_is_in_no_baseline() -> None:
         assert algorithm.advantages(alone).advantages[:, 0].tolist() == expected
 
 
-@settings(max_examples=200, deadline=None)
+@random_inputs(200)
 @given(seeds, st.sampled_from([1.0, 0.9]))
 def test_identities(seed: int, gamma: float) -> None:
     batch = step_of(seed).batch
@@ -328,7 +329,7 @@ def test_identities(seed: int, gamma: float) -> None:
     same(ReinforcePP(gamma=gamma), Reinforce(gamma=gamma))
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(st.lists(st.tuples(number, number), min_size=1, max_size=6))
 def test_without_std_two_samples_are_half_of_rloo(pairs: list[tuple[float, float]]) -> None:
     batch = grouped({g: list(pair) for g, pair in enumerate(pairs)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.experience import Experience, Rollouts, Scores, TokenLogprobs, TokenValues
+from actors.micro_batches import Batch, deal
 from pipeline.algorithms.a2c import A2C
 from pipeline.algorithms.base import Advantages, Algorithm, Trajectories
 from pipeline.algorithms.grpo import GRPO
@@ -27,6 +30,7 @@ from pipeline.algorithms.reinforce_pp import ReinforcePP
 from pipeline.algorithms.rloo import RLOO
 from pipeline.algorithms.shaping import ShapingConfig
 from pipeline.assemble import Assembler, Assembly, AssemblyReport, assemble
+from random_inputs import random_inputs
 
 seeds = st.integers(0, 2**32 - 1)
 NAN = math.nan
@@ -177,7 +181,7 @@ def close(got: list[list[float]], expected: list[list[float]]) -> bool:
     return all(g == pytest.approx(e, rel=1e-3, abs=2e-4) for g, e in zip(got, expected, strict=True))
 
 
-@settings(max_examples=150, deadline=None)
+@random_inputs(150)
 @given(seeds, st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([0.9, 1.0]), st.sampled_from([0.0, 0.95, 1.0]), st.booleans())
 def test_advantages_and_returns_equal_the_loop(seed: int, kl_coef: float, gamma: float, lam: float, whiten: bool) -> None:
     algorithm = PPO(kl_coef=kl_coef, gamma=gamma, lam=lam, whiten_advantages=whiten)
@@ -189,7 +193,7 @@ def test_advantages_and_returns_equal_the_loop(seed: int, kl_coef: float, gamma:
     assert close(table["returns"].to_pylist(), returns)
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds)
 def test_an_algorithm_is_given_token_rewards_values_and_groups(seed: int) -> None:
     """-kl_coef * (log pi - log pi_ref) at every action token, the score at the last one; groups numbered from 0."""
@@ -204,7 +208,7 @@ def test_an_algorithm_is_given_token_rewards_values_and_groups(seed: int) -> Non
         assert returns == [groups.index(s.group_id) * a for a in s.acted]
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds, st.sampled_from([PPO(kl_coef=0.2), PPO(), Reinforce(kl_coef=0.1), Reinforce()]))
 def test_the_result_does_not_depend_on_how_the_tables_came_to_the_bit(seed: int, algorithm: Algorithm) -> None:
     samples = random_step(seed)
@@ -215,7 +219,34 @@ def test_the_result_does_not_depend_on_how_the_tables_came_to_the_bit(seed: int,
         assert shuffled.equals(table)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("algorithm", [GRPO(kl_coef=0.0), GRPO(kl_coef=0.0, std=False), RLOO(kl_coef=0.0)], ids=["grpo", "grpo without std", "rloo"])
+def test_group_statistics_do_not_depend_on_how_groups_fall_on_ranks(algorithm: Algorithm) -> None:
+    """They are taken over the whole step, whatever ranks and micro-batches the table's parts come from and its rows go to."""
+    random = np.random.default_rng(0)
+    lengths, rewards = random.integers(1, 9, 12), random.normal(size=12).astype(np.float32)
+    samples = [  # three groups of four
+        Sample(sample_id=i, group_id=i // 4, tokens=[1, *[2] * n], acted=[False, *[True] * n], logprobs=[0.0] * (n + 1), reference=[0.0] * (n + 1),
+               values=[0.0] * (n + 1), reward=float(rewards[i])) for i, n in enumerate(lengths.tolist())
+    ]  # fmt: skip
+    table = run(algorithm, samples)[1]
+    for ranks, size in itertools.product((1, 2, 3), (1, 3, 12)):
+        shares = deal(np.arange(12), lengths + 1, ranks=ranks, micro_batch_size=size)
+        split = [len({rank for rank, share in enumerate(shares) for rows in share if np.any(rows // 4 == group)}) for group in range(3)]
+        assert max(split) == ranks, "some group must be on all ranks for this test to test it"
+        parts = [[samples[row] for rows in share for row in rows] for share in shares]
+        counts = (ranks, ranks, 0, 0, 0)
+        assert assemble(how(algorithm), range(12), counts, *map(rollouts, parts), *map(scores, parts))[1].equals(table)
+        batch = Batch(table, torch.device("cpu"))
+        for rows in (rows for share in shares for rows in share):
+            got = batch.actions(rows)
+            for at, row in enumerate(rows.tolist()):
+                group = rewards[row // 4 * 4 :][:4].tolist()
+                others = statistics.fmean(group) if isinstance(algorithm, GRPO) else (sum(group) - rewards[row]) / 3
+                spread = statistics.stdev(group) if isinstance(algorithm, GRPO) and algorithm.std else 1.0
+                assert got.advantages[got.row == at].tolist() == pytest.approx([(rewards[row] - others) / spread] * int(lengths[row]), rel=1e-4)
+
+
+@random_inputs(100)
 @given(seeds)
 def test_everything_else_is_carried_over_in_sample_order(seed: int) -> None:
     samples = random_step(seed)
@@ -229,7 +260,7 @@ def test_everything_else_is_carried_over_in_sample_order(seed: int) -> None:
     assert table["values"].equals(values(trained)["values"])
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds, st.sampled_from([PPO(kl_coef=0.2), Reinforce()]))
 def test_columns_are_zero_where_nothing_was_chosen_and_finite_everywhere(seed: int, algorithm: Algorithm) -> None:
     """The NaN reward of a quarantined sample reaches nobody else, and whitening shifts no token that was not an action."""

@@ -24,6 +24,7 @@ from cluster.config import ClusterConfig
 from cluster.faults import RunError
 from cluster.session import Session
 from cluster.storage import Folder
+from entry_point import NOWHERE, ROOT, Interpreter, Said, raylign
 from pipeline.algorithms.reinforce import Reinforce
 from pipeline.checkpoint import newest_commit
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
@@ -32,7 +33,7 @@ from pipeline.run import resume, train
 from pipeline.run_folder import RunFolder, read_history
 from pipeline.tasks.task import PromptText, Split
 from pipeline.tasks.walks import RandomWalks
-from run_helpers import ROOT, environment, quiet
+from run_helpers import environment, quiet
 from test_pipeline_cli import NOWHERE, Said, raylign
 from tiny_models import byte_tokenizer
 
@@ -146,43 +147,13 @@ def model(folder: Path, kind: str) -> None:
 
 # Before anything starts.
 
-WARM = """
-import atexit, json, os, runpy, sys
-import actors.model, pipeline.replay, pipeline.run, transformers.models.gpt2.modeling_gpt2
-from pathlib import Path
-assert "ray" not in sys.modules
-for line in sys.stdin:
-    row = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.chdir(row["cwd"])
-        for descriptor, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(row["told"] + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        atexit.register(lambda: Path(row["told"] + "modules").write_text(" ".join({name.partition(".")[0] for name in sys.modules})))
-        sys.argv = ["raylign", *row["arguments"]]
-        runpy.run_module("pipeline", run_name="__main__")
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Said]]:
-    """`python -m pipeline ARGUMENTS` in the folder `cwd`, as `raylign` does it, but forked from an interpreter that has imported torch already."""
-    told = str(tmp_path_factory.mktemp("told")) + "/"
-    pipe, env = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
-    with subprocess.Popen([sys.executable, "-c", WARM], stdin=pipe, stdout=pipe, env=env, text=True, cwd=told) as process:
-        assert process.stdin is not None and process.stdout is not None
-
-        def run(*arguments: str, cwd: Path) -> Said:
-            process.stdin.write(json.dumps({"arguments": arguments, "cwd": str(cwd), "told": told}) + "\n")
-            process.stdin.flush()
-            code = int(process.stdout.readline())
-            return Said(
-                out=Path(told + "out").read_text(), err=Path(told + "err").read_text(), code=code, imported=set(Path(told + "modules").read_text().split())
-            )
-
-        yield run
-        process.stdin.close()
+def warm() -> Iterator[Callable[..., Said]]:
+    """`raylign` forked from an interpreter that has imported torch and a model already, but not Ray."""
+    interpreter = Interpreter("actors.model", "pipeline.replay", "pipeline.run", "transformers.models.gpt2.modeling_gpt2")
+    yield interpreter.run
+    interpreter.close()
 
 
 Row = tuple[str, str]  # arguments, and what the message must contain, parts separated by " ... "

@@ -7,44 +7,16 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from entry_point import NOWHERE, ROOT, raylign, raylign_afresh
 from pipeline.cli import parse
 
-ROOT = Path(__file__).parents[1]
 RECIPES = ", ".join(sorted(path.stem for path in (ROOT / "pipeline" / "recipes").glob("*.toml")))
 HEAVY = {"torch", "ray", "deepspeed", "transformers"}
-NOWHERE = ("--cluster.address", "127.0.0.1:1", "--cluster.start-timeout-s", "1")  # should a run begin after all, it ends here
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
-    """What a command printed, its exit code, and the packages it imported."""
-
-    out: str
-    err: str
-    code: int
-    imported: set[str]
-
-
-def raylign(*arguments: str, cwd: Path, **environment: str) -> Said:
-    """`python -m pipeline ARGUMENTS` in the folder `cwd`."""
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pipeline", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    lines = done.stderr.splitlines(keepends=True)
-    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines if line.startswith("import time:")}
-    err = "".join(line for line in lines if not line.startswith("import time:"))
-    return Said(out=done.stdout, err=err, code=done.returncode, imported=imported)
 
 
 def test_help_comes_at_once(tmp_path: Path) -> None:
@@ -52,7 +24,7 @@ def test_help_comes_at_once(tmp_path: Path) -> None:
     took = []
     for flag in ("--help", "-h"):
         started = time.monotonic()
-        said = raylign(flag, cwd=tmp_path)
+        said = raylign_afresh(flag, cwd=tmp_path)
         took.append(time.monotonic() - started)
         assert said.code == 0
         assert said.err == ""
@@ -132,7 +104,7 @@ def test_a_wrong_override_is_named(arguments: list[str], words: list[str], tmp_p
 
 
 def test_plan_prints_what_would_run_and_starts_nothing(tmp_path: Path) -> None:
-    said = raylign("plan", "walks", cwd=tmp_path)
+    said = raylign_afresh("plan", "walks", cwd=tmp_path)
     assert said.code == 0
     assert said.err == ""
     for process in ("policy[0]", "rollout[0]", "reward[0]", "critic[0]"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
@@ -42,33 +43,39 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_sample_is_trained_once_in_order(ray_session: Session, tmp_path: Path) -> None:
-    with fake_driver(ray_session, config(), tmp_path) as driver:
-        driver.run(tmp_path / "policy")
-    assert trained(tmp_path) == list(range(36))
-    steps = metrics(tmp_path)
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run to which nothing happens."""
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with fake_driver(ray_session, config(), run_dir) as driver:
+        driver.run(run_dir / "policy")
+    return run_dir
+
+
+def table_of(run_dir: Path, step: int) -> pa.Table:
+    return Experience.read(run_dir / "experience" / f"step={step}" / "experience.parquet").table
+
+
+def test_every_sample_is_trained_once_in_order(undisturbed: Path) -> None:
+    assert trained(undisturbed) == list(range(36))
+    steps = metrics(undisturbed)
     assert [m["version"] for m in steps] == [1, 2, 3]
     assert [m["ledger/trained"] for m in steps] == [12, 24, 36]
     assert {m["ledger/in_flight"] for m in steps} == {0}
-    versions = [
-        set(np.unique(Experience.read(p).table["versions"].combine_chunks().flatten().to_numpy()).tolist()) for p in sorted(tmp_path.glob("experience/*/*"))
-    ]
+    versions = [set(np.unique(table_of(undisturbed, step)["versions"].combine_chunks().flatten().to_numpy()).tolist()) for step in range(3)]
     assert versions == [{-1, 0}, {-1, 1}, {-1, 2}]
 
 
 @pytest.mark.slow
-def test_a_dead_rollout_worker_is_replaced_and_nothing_changes(ray_session: Session, tmp_path: Path) -> None:
-    with fake_driver(ray_session, config(), tmp_path / "quiet") as driver:
-        driver.run(tmp_path / "policy")
+def test_a_dead_rollout_worker_is_replaced_and_nothing_changes(ray_session: Session, undisturbed: Path, tmp_path: Path) -> None:
     with fake_driver(ray_session, config(), tmp_path / "killed", die_at=str(tmp_path / "died")) as driver:
         driver.run(tmp_path / "policy")
         assert driver.roles.rollout.replaced == 1
         assert driver.ledger.account().reissued == 4, "the chunk that was given to another worker"
     assert (tmp_path / "died").exists()
-    assert trained(tmp_path / "killed") == trained(tmp_path / "quiet")
+    assert trained(tmp_path / "killed") == trained(undisturbed)
     for step in range(3):
-        a, b = (Experience.read(tmp_path / name / "experience" / f"step={step}" / "experience.parquet") for name in ("quiet", "killed"))
-        assert a.table.equals(b.table)
+        assert table_of(tmp_path / "killed", step).equals(table_of(undisturbed, step))
 
 
 @pytest.mark.slow
@@ -85,7 +92,7 @@ def test_a_sample_without_reward_is_quarantined_and_the_step_refilled(ray_sessio
         account = driver.ledger.account()
     assert trained(tmp_path) == [0, 1, 2, 3, *range(6, 26)]  # sample 4 went with its group; group 6 came in for it
     assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (26, 24, 1, 1, 0)
-    rewards = Experience.read(tmp_path / "experience" / "step=0" / "experience.parquet").table["reward"].to_numpy()
+    rewards = table_of(tmp_path, 0)["reward"].to_numpy()
     assert not np.isnan(rewards).any()
 
 
@@ -106,7 +113,7 @@ def test_groups_without_variance_are_filtered_and_the_step_refilled(workers: int
     assert [s // 2 for s in trained(tmp_path)[::2]] == [2, 3, 6, 7, 8, 11, 12, 13]
     assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (28, 16, 11, 1, 0)
     assert filtered == {"no variance": 10, "lost a member": 1}
-    rewards = Experience.read(tmp_path / "experience" / "step=0" / "experience.parquet").table["reward"].to_numpy().reshape(-1, 2)
+    rewards = table_of(tmp_path, 0)["reward"].to_numpy().reshape(-1, 2)
     assert (rewards[:, 0] != rewards[:, 1]).all()
     out = io.StringIO()
     show_account(tmp_path, run, Console(file=out, width=200))
@@ -122,6 +129,7 @@ def test_groups_without_variance_are_kept_unless_they_are_to_be_left_out(ray_ses
     assert trained(tmp_path) == list(range(16))
 
 
+@pytest.mark.slow
 def test_refills_that_do_not_end_stop_the_run_by_name(ray_session: Session, tmp_path: Path) -> None:
     """The first step and at most twice as much again: 12 groups, of which group 2 alone is good, and group 3 lost a sample."""
     flat = tuple(g for g in range(100) if g != 2)
@@ -132,14 +140,15 @@ def test_refills_that_do_not_end_stop_the_run_by_name(ray_session: Session, tmp_
     assert not (tmp_path / "seen").exists(), "nothing was trained on"
 
 
-@pytest.mark.parametrize(("options", "proximal"), [pytest.param({}, -1.5, marks=pytest.mark.slow), ({"decoupled": True}, -1.25)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "proximal"), [({}, -1.5), ({"decoupled": True}, -1.25)])
 def test_the_learner_is_asked_for_its_own_log_probs_where_the_algorithm_needs_them(
     options: dict[str, Any], proximal: float, ray_session: Session, tmp_path: Path
 ) -> None:
     run = config(steps=1).model_copy(update={"algorithm": Reinforce(**options)})
     with fake_driver(ray_session, run, tmp_path, fail=(2,)) as driver:
         driver.run(tmp_path / "policy")
-    table = Experience.read(tmp_path / "experience" / "step=0" / "experience.parquet").table
+    table = table_of(tmp_path, 0)
     assert table["proximal_logprobs"].to_pylist() == [[0, 0, *[proximal] * 3]] * 12
     assert table["logprobs"].to_pylist() == [[0, 0, *[-1.5] * 3]] * 12
 
@@ -153,16 +162,14 @@ def test_too_many_failed_rewards_stop_the_run_by_name(ray_session: Session, tmp_
 
 
 @pytest.mark.slow
-def test_a_step_is_the_same_for_every_chunk_order(ray_session: Session, tmp_path: Path) -> None:
+def test_a_step_is_the_same_for_every_chunk_order(ray_session: Session, undisturbed: Path, tmp_path: Path) -> None:
     """One worker or two, the learner sees the same table."""
-    tables = []
-    for workers in (1, 2):
-        run: RunConfig = config(steps=1)
-        run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"workers": workers})})
-        with fake_driver(ray_session, run, tmp_path / str(workers)) as driver:
-            driver.run(tmp_path / "policy")
-        tables.append(Experience.read(tmp_path / str(workers) / "experience" / "step=0" / "experience.parquet").table)
-    assert tables[0].equals(tables[1])
+    run = config(steps=1)
+    assert run.rollout.workers == 2
+    run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"workers": 1})})
+    with fake_driver(ray_session, run, tmp_path) as driver:
+        driver.run(tmp_path / "policy")
+    assert table_of(tmp_path, 0).equals(table_of(undisturbed, 0))
 
 
 @pytest.mark.slow
@@ -253,6 +260,7 @@ def test_a_stop_does_not_wait_for_rollouts(ray_session: Session, tmp_path: Path)
     assert trained(run_dir) == list(range(60))
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_was_taken_over_stops_and_commits_nothing_more(ray_session: Session, tmp_path: Path) -> None:
     run_dir, run = tmp_path / "run", config(steps=4, commit_every=1)
 

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pipeline.buffer import Buffer
 from pipeline.ledger import LOST_A_MEMBER, NO_VARIANCE, Ledger, LedgerState, State
+from random_inputs import random_inputs
 
 
 def through(ledger: Ledger, number: int, failed: dict[int, str] | None = None) -> None:
@@ -222,4 +223,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestLedgerMachine.settings = settings(random_inputs(60), stateful_step_count=30)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from pipeline.algorithms.reinforce import Reinforce
 from pipeline.algorithms.reinforce_baseline import ReinforceBaseline
 from pipeline.algorithms.reinforce_pp import ReinforcePP
 from pipeline.algorithms.rloo import RLOO
+from random_inputs import random_inputs
 
 NAN = math.nan
 seeds = st.integers(0, 2**32 - 1)
@@ -100,7 +101,7 @@ def slow_loss(algorithm: Any, new: list[float], entropy: list[float], batch: Act
     return out
 
 
-@settings(max_examples=1500, deadline=None)
+@random_inputs(1500)
 @given(seeds)
 def test_every_loss_with_every_option_equals_the_loop(seed: int) -> None:
     algorithm, batch = random_algorithm(seed), batch_of(seed)
@@ -111,7 +112,7 @@ def test_every_loss_with_every_option_equals_the_loop(seed: int) -> None:
     assert not any(values.requires_grad for values in statistics.values())
 
 
-@settings(max_examples=150, deadline=None)
+@random_inputs(150)
 @given(seeds)
 def test_gradients_match_finite_differences(seed: int) -> None:
     algorithm, batch = random_algorithm(seed), batch_of(seed, lengths=[3, 0, 1, 2])
@@ -126,7 +127,7 @@ def test_value_gradients_match_finite_differences(clip: float) -> None:
     torch.autograd.gradcheck(lambda v: losses.squared_error(v, batch.returns, batch.values, clip=clip)[0], (values,))
 
 
-@settings(max_examples=300, deadline=None)
+@random_inputs(300)
 @given(seeds, st.sampled_from([0.0, 0.2]))
 def test_the_value_loss_equals_the_loop(seed: int, clip: float) -> None:
     batch = batch_of(seed)
@@ -197,7 +198,7 @@ def test_the_gradients_that_the_estimators_document() -> None:
 # Identities.
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds)
 def test_at_a_ratio_of_one_the_clipped_gradient_is_the_plain_one(seed: int) -> None:
     batch = batch_of(seed)
@@ -210,7 +211,7 @@ def test_at_a_ratio_of_one_the_clipped_gradient_is_the_plain_one(seed: int) -> N
     assert torch.allclose(gradients[1], gradients[2])
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds)
 def test_a_sequence_of_one_token_has_the_tokens_ratio(seed: int) -> None:
     batch = batch_of(seed, lengths=[1] * 7)
@@ -234,7 +235,7 @@ def test_the_sequence_ratios_gradient_is_the_papers() -> None:
         assert new.grad[mine].tolist() == pytest.approx([float(-s * a / (3 * mine.sum()))] * int(mine.sum()))
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds)
 def test_decoupled_is_coupled_where_the_learner_agrees_with_the_sampler(seed: int) -> None:
     batch = batch_of(seed)
@@ -249,7 +250,7 @@ def test_decoupled_is_coupled_where_the_learner_agrees_with_the_sampler(seed: in
     assert torch.equal(coupled, masked)
 
 
-@settings(max_examples=200, deadline=None)
+@random_inputs(200)
 @given(seeds, st.sampled_from([NAN, 1e6]))
 def test_a_dropped_rollout_leaves_no_trace(seed: int, wild: float) -> None:
     """Whatever stands in it, infinite ratios and NaN included: no loss, no gradient, and the others are as they would be without it."""
@@ -280,7 +281,7 @@ def test_nobody_is_dropped_unseen() -> None:
     assert PPO().policy_loss(batch.proximal_logprobs * NAN, batch.values, replace(batch, proximal_logprobs=batch.proximal_logprobs * NAN))[0].isnan().all()
 
 
-@settings(max_examples=100, deadline=None)
+@random_inputs(100)
 @given(seeds)
 def test_a_loss_does_not_depend_on_the_order_of_rollouts(seed: int) -> None:
     algorithm, batch = random_algorithm(seed), batch_of(seed)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.algorithms.shaping import ShapingConfig, shape_scores, shape_token_rewards
+from random_inputs import random_inputs
 
 number = st.floats(-10, 10, width=32)
 
@@ -28,7 +29,7 @@ def slow(shaping: ShapingConfig, score: float, stopped: bool, length: int, longe
     return score
 
 
-@settings(max_examples=500, deadline=None)
+@random_inputs(500)
 @given(
     st.lists(st.tuples(number, st.booleans(), st.integers(0, 30)), max_size=6),
     st.sampled_from([0.0, 2.0]),
