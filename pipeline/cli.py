@@ -206,7 +206,7 @@ def _run_stages(command: Command, console: Console) -> int:
     """A new run, or an old one further. Whatever ends it early, what is committed stays, and the last words say how to go on."""
     run_dir = _run_dir(command)
     from cluster.faults import RunError
-    from pipeline.run import resume, run
+    from pipeline.run import resume, run_stages
     from pipeline.stopping import Stopped
 
     again = f"raylign resume {run_dir}"
@@ -214,7 +214,7 @@ def _run_stages(command: Command, console: Console) -> int:
         if command.name == "resume":
             resume(command.config, run_dir, command.allowed, console)
         else:
-            run(command.config, run_dir, console, until=_UNTIL[command.name])
+            run_stages(command.config, run_dir, console, until=_UNTIL[command.name])
     except Stopped as stopped:
         print(f"raylign: {stopped}; to go on: {again}", file=sys.stderr)
         return 128 + stopped.number

@@ -40,7 +40,8 @@ def asked(config: RunConfig, task: Task, model: str) -> Asked:
     its prompts, those that remain too long are left out and counted.
     """
     tokenizer = _tokenizer(config, model)
-    (fitted, train), (also_fitted, held) = (_stream(config, task, model, tokenizer, split, seed) for split, seed in (("train", config.seed), ("heldout", 0)))
+    fitted, train = _stream(config, task, model, tokenizer, "train", config.seed)
+    also_fitted, held = _stream(config, task, model, tokenizer, "heldout", 0)
     return Asked(tokenizer=tokenizer, train=train, heldout=held, fitted={"train": fitted, "heldout": also_fitted})
 
 

@@ -89,7 +89,7 @@ class Run:
         return self.known
 
 
-def run(config: RunConfig, run_dir: Path, console: Console, until: StageName = "evaluate") -> Result:
+def run_stages(config: RunConfig, run_dir: Path, console: Console, until: StageName = "evaluate") -> Result:
     """Carry out the stages of a recipe, up to `until`. In a folder that holds a run already, what still counts of it is not done again.
 
     Raises ValueError for what is wrong with the recipe or its data, before Ray starts; RunError for what fails on the way, with the
@@ -109,7 +109,7 @@ def run(config: RunConfig, run_dir: Path, console: Console, until: StageName = "
 def resume(config: RunConfig, run_dir: Path, allowed: Collection[str], console: Console) -> Result | None:
     """Go on with a run, with the settings it was begun with but for those `allowed` to change; None if it is finished.
 
-    Raises as `run` does, and ValueError when the folder holds no run, is in use, or other settings differ.
+    Raises as `run_stages` does, and ValueError when the folder holds no run, is in use, or other settings differ.
     """
     with RunFolder.open(run_dir) as folder:
         until = folder.history[-1].until
@@ -267,8 +267,6 @@ def resolve(config: RunConfig) -> RunConfig:
             "reward": config.reward.model_copy(update={"model": absolute(config.reward.model)}),
         }
     )
-
-
 
 
 def _cpus(config: RunConfig) -> int:

@@ -29,12 +29,11 @@ from pipeline.algorithms.reinforce import Reinforce
 from pipeline.checkpoint import newest_commit
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
 from pipeline.driver import Driver
-from pipeline.run import resume, train
+from pipeline.run import resume, run_stages
 from pipeline.run_folder import RunFolder, read_history
 from pipeline.tasks.task import PromptText, Split
 from pipeline.tasks.walks import RandomWalks
 from run_helpers import environment, quiet
-from test_pipeline_cli import NOWHERE, Said, raylign
 from tiny_models import byte_tokenizer
 
 HERE = "test_pipeline_bad_input"
@@ -491,7 +490,7 @@ FAILS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
 def failure(config: RunConfig, run_dir: Path, capfd: pytest.CaptureFixture[str]) -> str:
     """What a run that must fail says in the end, having printed nothing else; the traceback is in its log."""
     with pytest.raises(RunError) as caught:
-        train(config, run_dir, quiet())
+        run_stages(config, run_dir, quiet())
     assert capfd.readouterr() == ("", "")
     return str(caught.value)
 
@@ -508,7 +507,7 @@ def test_a_run_that_fails_names_who_when_and_why(
 @pytest.mark.slow
 def test_samples_that_fail_are_quarantined_each_with_its_reason(user: Path, ray_session: Session, tmp_path: Path) -> None:
     reward = RewardConfig(function=f"{HERE}:spoiled", timeout_s=0.5, max_failed=0.9)
-    train(recipe(user, reward=reward, evaluation=EvaluationConfig(prompts=20)), tmp_path / "run", quiet())
+    run_stages(recipe(user, reward=reward, evaluation=EvaluationConfig(prompts=20)), tmp_path / "run", quiet())
     commit = newest_commit(Folder(tmp_path / "run" / "checkpoints"), read_history(tmp_path / "run"))
     assert commit is not None
     quarantined = commit.state.ledger.quarantined

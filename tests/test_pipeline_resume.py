@@ -21,7 +21,7 @@ from pipeline.cli import main
 from pipeline.config import FinetuneConfig, ModelConfig, RunConfig, load
 from pipeline.observe.metrics import StepMetrics
 from pipeline.observe.observer import Observer
-from pipeline.run import resume, train
+from pipeline.run import resume, run_stages
 from run_helpers import ROOT, assert_same, await_log, command, environment, final_commit, learning, metrics_of, pid_of, quiet, recipe
 
 
@@ -29,7 +29,7 @@ from run_helpers import ROOT, assert_same, await_log, command, environment, fina
 def whole(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happened to."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    train(recipe(), run_dir, quiet())
+    run_stages(recipe(), run_dir, quiet())
     return run_dir
 
 
@@ -70,7 +70,7 @@ def finetuned(whole: Path) -> dict[str, Any]:
 def sharded(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same over two ranks, at two ZeRO stages."""
     run_dir, ranks = tmp_path_factory.mktemp("runs") / "sharded", {"learning_rate": 1e-3, "ranks": 2, "micro_batch_size": 5}
-    train(recipe(policy=LearnerConfig(**ranks, zero_stage=2), critic=CriticConfig(**ranks, zero_stage=3), **finetuned(whole)), run_dir, quiet())
+    run_stages(recipe(policy=LearnerConfig(**ranks, zero_stage=2), critic=CriticConfig(**ranks, zero_stage=3), **finetuned(whole)), run_dir, quiet())
     return run_dir
 
 
@@ -138,7 +138,7 @@ def disturbed(run_dir: Path, at: Mapping[int, Callable[[Path], None]], **changes
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Observer, "step", step_and_act)
-        train(recipe(**changes), run_dir, console)
+        run_stages(recipe(**changes), run_dir, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

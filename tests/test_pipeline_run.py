@@ -24,7 +24,7 @@ from cluster.session import Session
 from pipeline.algorithms.ppo import PPO
 from pipeline.cli import main
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
-from pipeline.run import Result, train
+from pipeline.run import Result, run_stages
 from run_helpers import both
 
 pytestmark = pytest.mark.slow  # they share a run that takes half a minute
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 def walker(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that the others start from: a two-layer model fine-tuned on walks, then two steps of PPO with a reference."""
     run_dir = tmp_path_factory.mktemp("runs") / "walker"
-    train(recipe(), run_dir, Console(file=io.StringIO()))
+    run_stages(recipe(), run_dir, Console(file=io.StringIO()))
     return run_dir
 
 
@@ -64,7 +64,7 @@ def from_walker(walker: Path, **changes: Any) -> RunConfig:
 
 
 def run(config: RunConfig, run_dir: Path) -> Result:
-    return train(config, run_dir, Console(file=io.StringIO()))
+    return run_stages(config, run_dir, Console(file=io.StringIO()))
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
