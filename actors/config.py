@@ -58,8 +58,8 @@ class RewardConfig(Config):
     model: str = ""
     """Folder or hub name of a Hugging Face sequence classifier; the logit of its one output is the reward."""
 
-    label: int | None = Field(default=None, ge=0)
-    """Of a classifier with several outputs, the number of the one whose logit is the reward."""
+    label: int = Field(default=-1, ge=-1)
+    """Of a classifier with several outputs, the number of the one whose logit is the reward; -1: it has but one."""
 
     workers: int = Field(default=1, ge=1)
     """Reward actors."""

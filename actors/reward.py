@@ -142,7 +142,7 @@ class ClassifierReward:
     The text is prompt + response; one that is too long loses its beginning, for the end is what is judged.
     """
 
-    def __init__(self, path: str, device: torch.device | str = "cpu", label: int | None = None) -> None:
+    def __init__(self, path: str, device: torch.device | str = "cpu", label: int = -1) -> None:
         """label: of the output that is the reward, where there are several. Raises ValueError naming the path when it holds no such classifier, or no
         tokenizer that can pad."""
         import torch
@@ -150,7 +150,7 @@ class ClassifierReward:
         from transformers import AutoModelForSequenceClassification
 
         self.tokenizer = check_classifier(path, label)
-        self._label = label or 0
+        self._label = max(label, 0)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -231,7 +231,7 @@ def what_went_wrong(error: BaseException) -> str:
     return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
-def check_classifier(path: str, label: int | None = None) -> Any:
+def check_classifier(path: str, label: int = -1) -> Any:
     """The tokenizer of a classifier. Raises ValueError for what is wrong with the classifier and can be seen before its weights are loaded."""
     from transformers import AutoConfig
 
@@ -243,10 +243,10 @@ def check_classifier(path: str, label: int | None = None) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{_CLASSIFIER}, got {path!r}: {str(error).strip().splitlines()[0]}") from error
-    if label is None and config.num_labels != 1:
+    if label < 0 and config.num_labels != 1:
         names = ", ".join(f"{number} {name}" for number, name in sorted(config.id2label.items()))
         raise ValueError(f"reward.model: must have one output, got {config.num_labels} labels in {path!r} ({names}); choose one by reward.label")
-    if label is not None and label >= config.num_labels:
+    if label >= config.num_labels:
         raise ValueError(f"reward.label: must be below the number of outputs of {path!r}, {config.num_labels}, got {label}")
     return _classifier_tokenizer(path)
 

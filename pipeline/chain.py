@@ -114,16 +114,20 @@ class Chain:
         manifest = self.manifest(stage)
         if manifest is None:
             return ""
-        return self._changed(manifest) or next(filter(None, (Folder(self.folder).damage(file) for file in manifest.files)), "")
+        return self.changed(stage) or next(filter(None, (Folder(self.folder).damage(file) for file in manifest.files)), "")
 
-    def _changed(self, manifest: Manifest) -> str:
-        changed = {key: pair for key, pair in differences(manifest.depends, self.depends(manifest.stage)).items() if key not in self._allowed}
+    def changed(self, stage: StageName) -> str:
+        """What a stage depended on and is no longer so, in words; "" when nothing, or there is nothing of it."""
+        manifest = self.manifest(stage)
+        if manifest is None:
+            return ""
+        changed = {key: pair for key, pair in differences(manifest.depends, self.depends(stage)).items() if key not in self._allowed}
         return "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
 
     def begin(self, stage: StageName) -> str:
         """Take up a stage: what is there of it goes on if it still counts, and is moved aside if not. Returns why it does not, or ""."""
-        manifest, why = self.manifest(stage), self.stale(stage)
-        if why and manifest and (self._changed(manifest) or not SPECS[stage].remakes):
+        why = self.stale(stage)
+        if why and (self.changed(stage) or not SPECS[stage].remakes):
             self._move_aside(stage)
         self._write(Manifest(stage=stage, depends=self.depends(stage)))
         return why

@@ -238,7 +238,7 @@ def _reward_rules(config: RunConfig) -> None:
         raise ValueError(f"reward: must have a function or a model, got both ({reward.function!r}, {reward.model!r}); remove one")
     if reward.model and trained.epochs:
         raise ValueError(f"reward.model: must be left out when reward_model.epochs is {trained.epochs}, got {reward.model!r}; a run has one reward model")
-    if reward.label is not None and not reward.model:
+    if reward.label >= 0 and not reward.model:
         raise ValueError(f"reward.label: must be left out without reward.model, got {reward.label}; it is the number of one of that model's outputs")
     if trained.epochs and config.task == "files" and trained.pairs == "sampled" and not reward.function:
         raise ValueError("reward.function: must be given when reward_model.pairs is sampled and task is files; it says which sampled reply is better")
@@ -356,7 +356,7 @@ def load(path: Path, algorithm: str = "", *, checked: bool = True) -> RunConfig:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, every default spelled out."""
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
 
 
 def explain(error: ValidationError) -> str:

@@ -37,9 +37,10 @@ from pipeline.observe.summary import show
 from pipeline.prompts import Asked, asked, check_data, fingerprints
 from pipeline.roles import Stage, demands, place
 from pipeline.run_folder import RunFolder
+from pipeline.stages.data import report_texts, report_tokens
 from pipeline.stages.evaluate import check_judges, evaluate, examiners, judges_of
 from pipeline.stages.finetune import finetune
-from pipeline.stages.preferences import make_comparisons, read_comparisons
+from pipeline.stages.preferences import Made, make_comparisons, read_comparisons
 from pipeline.stages.reinforce import reinforce
 from pipeline.stages.reward_model import train_reward_model
 from pipeline.tasks.task import Task, task_of
@@ -100,7 +101,7 @@ def run_stages(config: RunConfig, run_dir: Path, console: Console, until: StageN
     data = fingerprints(config, task)
     with RunFolder.take(run_dir) as folder:
         chain = Chain(config, folder.path, data, until=until)
-        commit = None if chain.stale("rl") else _newest(folder, config, console)
+        commit = None if chain.changed("rl") else _newest(folder, config, console)
         folder.begin(config, from_step=commit.state.step if commit else 0, until=until)
         save(config, run_dir / "config.toml")
         return _carry_out(config, task, known, folder, chain, commit, console)
@@ -121,7 +122,7 @@ def resume(config: RunConfig, run_dir: Path, allowed: Collection[str], console: 
             return None
         for line in changed:
             _say(console, f"changed: {line}")
-        commit = None if chain.stale("rl") else _newest(folder, config, console)
+        commit = None if chain.changed("rl") else _newest(folder, config, console)
         for library, before in folder.history[-1].versions.items():
             if before != (now := metadata.version(library)):
                 _say(console, f"{library} is {now}, it was {before}: the run goes on, but no longer to the bit")
@@ -172,8 +173,11 @@ def _carry_out(config: RunConfig, task: Task, known: Asked | None, folder: RunFo
         with Session(config.cluster, run_dir / "log", packages=PACKAGES, local_cpus=_cpus(config)) as session:
             for asking in (demands(config), examiners(config)):
                 session.preflight(place(config, asking))  # before fine-tuning, not after it
+            if line := report_texts(task, run_dir):
+                progress.remark(line)
             for stage in chain.stages:
                 _do(stage, current, session)
+            report_tokens(config, task, run_dir, current.start, current.known)
     result = Result(run_dir=run_dir, stages=current.results, evaluation=current.evaluation, seconds=time.monotonic() - started)
     show(result, config, console)
     return result
@@ -197,21 +201,20 @@ def _sft(run: Run, session: Session) -> dict[str, Any]:
 
 
 def _reward(run: Run, session: Session) -> dict[str, Any]:
-    """The comparisons are people's where the task has them, and otherwise made by a rule, which the result says."""
-    config, told = run.config, {}
-    if config.reward_model.pairs == "sampled":
-        path = run.run_dir / "comparisons.parquet"
-        if not path.is_file():
-            run.progress.stage("compare sampled replies", 1)
-            told = {"sampled": asdict(_sampled(run, session, path))}
-        comparisons = read_comparisons(path)
-    else:
-        comparisons = None  # the task's
-    judged = train_reward_model(config, session, run.run_dir, run.progress, comparisons=comparisons)
-    return _told(judged) | told
+    """The comparisons are the task's own, people's as a rule; or made by a rule, which is said wherever they are shown."""
+    config, run_dir = run.config, run.run_dir
+    if config.reward_model.pairs == "task":
+        return _told(train_reward_model(config, session, run_dir, run.progress))
+    path, rule = run_dir / "comparisons.parquet", rule_of(config, run.task)
+    if not path.is_file():
+        run.progress.stage("compare sampled replies", 1)
+        made = _sampled(run, session, path)
+        run.progress.remark(f"{made.comparisons} machine-made comparisons: of the replies sampled to {made.prompts} prompts, {rule} says which is better")
+    source = f"machine-made: the fine-tuned model's replies, compared by {rule}"
+    return _told(train_reward_model(config, session, run_dir, run.progress, comparisons=read_comparisons(path), source=source))
 
 
-def _sampled(run: Run, session: Session, path: Path) -> Any:
+def _sampled(run: Run, session: Session, path: Path) -> Made:
     config = run.config
     placed = session.place(place(config, [RoleDemand(role="comparer", workers=config.rollout.workers, gpus=config.rollout.gpus)]))
     stage = Stage(placed=placed, pump=Pump(), fingerprint=session.fingerprint, timeout_s=config.cluster.call_timeout_s)

@@ -26,12 +26,14 @@ from cluster.session import Session
 from cluster.storage import Folder
 from entry_point import NOWHERE, ROOT, Interpreter, Said, raylign
 from pipeline.algorithms.reinforce import Reinforce
+from pipeline.chain import Chain
 from pipeline.checkpoint import newest_commit
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
 from pipeline.driver import Driver
+from pipeline.prompts import fingerprints
 from pipeline.run import resume, run_stages
 from pipeline.run_folder import RunFolder, read_history
-from pipeline.tasks.task import PromptText, Split
+from pipeline.tasks.task import PromptText, Split, task_of
 from pipeline.tasks.walks import RandomWalks
 from run_helpers import environment, quiet
 from tiny_models import byte_tokenizer
@@ -355,10 +357,14 @@ def test_a_run_in_use_is_left_alone(begun: Path, warm: Callable[..., Said], tmp_
 
 
 def test_a_finished_run_says_so(begun: Path, warm: Callable[..., Said], tmp_path: Path) -> None:
-    Folder(begun).write_text("evaluation.json", "{}")
+    config = load(begun / "config.toml")
+    chain = Chain(config, begun, fingerprints(config, task_of(config)))
+    for stage in chain.stages:
+        chain.begin(stage)
+        chain.finish(stage, {}, 1.0)
     said = warm("resume", str(begun), cwd=tmp_path)
     assert (said.code, said.err) == (0, "")
-    assert said.out == f"this run is finished: 40 steps; the aligned model is {begun}/policy\n"
+    assert said.out == f"this run is finished: sft, rl, evaluate; everything is in {begun}\n"
     assert "ray" not in said.imported
 
 

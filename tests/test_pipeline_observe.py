@@ -8,6 +8,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from pipeline.observe.report import write
 from pipeline.observe.words import price, verdict, yardstick
 from pipeline.run import Result
 from pipeline.run_folder import RunFolder
+from pipeline.stages.judgement import judge
 
 NAN = math.nan
 
@@ -462,7 +464,8 @@ def test_the_report_says_all_and_quotes_replies_as_they_are(tmp_path: Path) -> N
     run_dir, out = tmp_path / "run", tmp_path / "run" / "evaluation-1"
     out.mkdir(parents=True)
     (run_dir / "data-report.md").write_text("# data")
-    (run_dir / "reward-model.json").write_text('{"accuracy": {"mean": 0.625, "low": 0.5, "high": 0.75}}')
+    judged = judge([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [1.0, -1.0]], [[3, 5], [4, 4], [9, 2], [5, 1]])
+    (run_dir / "reward-model.json").write_text(json.dumps({"source": "machine-made", "loss_before": 0.9, "loss": 0.5, **asdict(judged)}))
     steps = [{"step": i, "kl/per_rollout": 0.1 * i, "reward/mean": 0.2 * i} for i in range(20)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     found = result([1.0, 2.0, 3.0], run_dir, words=("a | b `code` *c*", "no\n# heading"), kl=4.0, best_of_n=4).evaluation
@@ -476,8 +479,9 @@ def test_the_report_says_all_and_quotes_replies_as_they_are(tmp_path: Path) -> N
         "| reward by the rule | +1.750 (0.750 to 2.750) | +2.000 (1.000 to 3.000) |",
         "| 4 | 0.64 | +2.500 (1.500 to 3.500) |",
         "| the policy | 4.00 | +2.000 (1.000 to 3.000) |",
-        "- data: [data-report.md](../data-report.md)",
-        "- reward model: [reward-model.json](../reward-model.json), accuracy on held-out comparisons 62.5% (50.0% to 75.0%)",
+        "The data, row by row: [data-report.md](../data-report.md).",
+        "comparisons that are machine-made. Of 4 held-out ones it is right on 75.0 % (95 % interval 30.1 to 95.4 %, 4 comparisons); loss 0.900",
+        "| +7 to +7 | 1 | 100.0% (20.7% to 100.0%) | 100.0% |",
         "| ` prompt 0 ` | ` no # heading ` | `` a \\| b `code` *c* `` |",
     ):
         assert said in report, said

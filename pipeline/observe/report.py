@@ -9,15 +9,17 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Folder
 from pipeline.observe import frontier
 from pipeline.observe.observer import read_metrics
 from pipeline.observe.words import price, rows, signed, verdict, yardstick
+from pipeline.stages.judgement import Judgement
 
 if TYPE_CHECKING:
     from pipeline.evaluation import BestOf, Evaluation
+    from pipeline.stages.judgement import Share
 
 EVALUATION, REPORT, FRONTIER = "evaluation.json", "report.md", "frontier.png"
 _SHOWN = 10  # prompts whose replies are in the report; the JSON has all
@@ -77,22 +79,36 @@ def _context(folder: Path, run_dir: Path | None) -> list[str]:
     """What the run was made of, where it says so."""
     if run_dir is None:
         return []
-    found = {what: run_dir / name for what, name in (("data", "data-report.md"), ("reward model", "reward-model.json")) if (run_dir / name).is_file()}
-    lines = [f"- {what}: [{path.name}]({os.path.relpath(path, folder)}){_accuracy(path)}" for what, path in found.items()]
-    return ["## What it was made of", "\n".join(lines)] if lines else []
+    data, judged = run_dir / "data-report.md", run_dir / "reward-model.json"
+    parts = ["## What it was made of"]
+    if data.is_file():
+        parts.append(f"The data, row by row: [{data.name}]({os.path.relpath(data, folder)}).")
+    if judged.is_file():
+        parts += _reward_model(json.loads(judged.read_text(encoding="utf-8")))
+    return parts if len(parts) > 1 else []
 
 
-def _accuracy(path: Path) -> str:
-    """Of the reward model on held-out comparisons, if the file has it, as a number or an interval."""
-    if path.suffix != ".json":
-        return ""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("accuracy")
-    except (ValueError, AttributeError):
-        return ""
-    if isinstance(found, dict) and {"mean", "low", "high"} <= found.keys():
-        return f", accuracy on held-out comparisons {found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
-    return f", accuracy on held-out comparisons {found:.1%}" if isinstance(found, float) else ""
+def _reward_model(record: dict[str, Any]) -> list[str]:
+    """How far the reward may be trusted, from what the stage wrote of it."""
+    source, before, loss = (record.pop(name) for name in ("source", "loss_before", "loss"))
+    found = Judgement.of(record)
+    said = (
+        f"The reward model learned from comparisons that are {source}. Of {found.accuracy.of:,} held-out ones it is right on {found.accuracy}; "
+        f"loss {before:.3f} before training, {loss:.3f} after (chance: 0.693). The longer reply is the better one in {found.longer.value:.1%}, "
+        f"and the more rewarded one in {found.prefers_longer:.1%} of pairs: where these differ much, it judges by length."
+    )
+    length = [(f"{p.fewest:+d} to {p.most:+d}", str(p.pairs), _within(p.accuracy), f"{p.longer:.1%}") for p in found.by_length]
+    sure = [(f"{p.low:.0%} to {p.high:.0%}", str(p.pairs), f"{p.predicted:.1%}", _within(p.observed)) for p in found.calibration]
+    return [
+        said,
+        _table(("tokens the better reply is longer", "pairs", "the reward model is right", "the longer one is better"), length),
+        f"How sure it is against how often it is right; the expected calibration error is {found.calibration_error:.3f}.",
+        _table(("probability it gives", "pairs", "on average", "right"), sure),
+    ]
+
+
+def _within(share: Share) -> str:
+    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

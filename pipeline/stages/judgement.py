@@ -15,9 +15,9 @@ Left out: margins and ratings. What is judged is the order, which all data have.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,14 @@ class Judgement:
     by_length: tuple[Fifth, ...]
     mean: float
     std: float
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Back from JSON values, such as `asdict` gives."""
+        made = dict(fields) | {"accuracy": Share(**fields["accuracy"]), "longer": Share(**fields["longer"])}
+        made["calibration"] = tuple(Confidence(**part | {"observed": Share(**part["observed"])}) for part in fields["calibration"])
+        made["by_length"] = tuple(Fifth(**part | {"accuracy": Share(**part["accuracy"])}) for part in fields["by_length"])
+        return cls(**made)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from pipeline.config import RunConfig
 from pipeline.data.encode import Encoded, encode_comparisons, encode_pairs
 from pipeline.observe.progress import Progress
 from pipeline.stages.finetune import CACHE
-from pipeline.stages.judgement import Confidence, Fifth, Judgement, Share, judge
+from pipeline.stages.judgement import Fifth, Judgement, judge
 from pipeline.stages.loop import Job, Measured, Standing
 from pipeline.stages.trainer import fit
 from pipeline.tasks.task import SPLITS, Comparison, Split, comparisons_of, task_of
@@ -42,20 +42,21 @@ class Judged:
     """Where the classifier is, its loss on held-out comparisons before training and of the weights kept, and what it is worth there."""
 
     folder: Path
+    source: str
     loss_before: float
     loss: float
     judgement: Judgement
 
     def to_text(self) -> str:
         """As JSON, for a run folder: without the folder, which is known there."""
-        return json.dumps({"loss_before": self.loss_before, "loss": self.loss, **asdict(self.judgement)}, indent=1)
+        return json.dumps({"source": self.source, "loss_before": self.loss_before, "loss": self.loss, **asdict(self.judgement)}, indent=1)
 
     @classmethod
     def from_text(cls, text: str, folder: Path) -> Self:
         """What `to_text` gave."""
         fields = json.loads(text)
-        before, loss = fields.pop("loss_before"), fields.pop("loss")
-        return cls(folder=folder, loss_before=before, loss=loss, judgement=_judgement(fields))
+        source, before, loss = fields.pop("source"), fields.pop("loss_before"), fields.pop("loss")
+        return cls(folder=folder, source=source, loss_before=before, loss=loss, judgement=Judgement.of(fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,17 @@ class PreferenceLoss:
 
 
 def train_reward_model(
-    config: RunConfig, session: Session, run_dir: Path, progress: Progress, comparisons: Mapping[Split, Sequence[Comparison]] | None = None
+    config: RunConfig,
+    session: Session,
+    run_dir: Path,
+    progress: Progress,
+    comparisons: Mapping[Split, Sequence[Comparison]] | None = None,
+    source: str = "the task's own",
 ) -> Judged:
     """Make the fine-tuned model, or the recipe's where there is none, a judge of replies. The classifier is `run_dir/reward-model`, its account
     `run_dir/reward-model.json`; what led there is in `run_dir/reward`.
 
-    comparisons: both splits of them; None takes the task's. Raises as `finetune` does, and goes on as it does.
+    comparisons: both splits of them; None takes the task's. source: whose they are, for its account. Raises as `finetune` does, and goes on as it does.
     """
     from actors.reward_model import Preference
 
@@ -107,7 +113,7 @@ def train_reward_model(
     )
     fitted = fit(job, config, session, run_dir / "reward", progress)
     before, best = fitted.standing.before.loss, fitted.standing.best.loss
-    judged = Judged(folder=folder, loss_before=before, loss=best, judgement=_judgement(fitted.outcome))
+    judged = Judged(folder=folder, source=source, loss_before=before, loss=best, judgement=Judgement.of(fitted.outcome))
     Folder(run_dir).write_text(RECORD, judged.to_text())
     for line in described(judged):
         progress.remark(line)
@@ -169,15 +175,3 @@ class Judging:
             rewards += [[next(answers) for _ in own] for own in replies[batch]]
         lengths = [[len(reward.tokenizer.encode(reply, add_special_tokens=False)) for reply in own] for own in replies]
         return asdict(judge(rewards, lengths, scale=standing.scale))
-
-
-def _judgement(fields: Mapping[str, Any]) -> Judgement:
-    """Back from JSON values."""
-
-    def share(values: Mapping[str, Any]) -> Share:
-        return Share(**values)
-
-    made = dict(fields) | {"accuracy": share(fields["accuracy"]), "longer": share(fields["longer"])}
-    made["calibration"] = tuple(Confidence(**part | {"observed": share(part["observed"])}) for part in fields["calibration"])
-    made["by_length"] = tuple(Fifth(**part | {"accuracy": share(part["accuracy"])}) for part in fields["by_length"])
-    return Judgement(**made)
