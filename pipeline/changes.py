@@ -19,6 +19,8 @@ HARMLESS: dict[str, str] = {
     "commit_every": _SAME_BITS,
     "keep_commits": _SAME_BITS,
     "evaluation.shown": _SAME_BITS,
+    "finetune.checkpoint_every": _SAME_BITS,
+    "reward_model.checkpoint_every": _SAME_BITS,
     "rollout.workers": _SAME_BITS,
     "rollout.gpus": _ROUNDING,
     "reward.workers": _SAME_BITS,
