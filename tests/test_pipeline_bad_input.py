@@ -480,7 +480,7 @@ FAILS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "fine-tuning that diverges": (
         lambda _: {**WALKER, **imitation(diverging())},
-        "policy failed during 'held-out perplexity': its loss is ... Lower finetune.learner.learning_rate, now 1e+30.",
+        "sft failed during ... its loss is ... Lower finetune.learner.learning_rate, now 1e+30.",
     ),
     "a policy that diverges": (
         lambda _: {"policy": diverging(), "steps": 3},

@@ -384,7 +384,7 @@ def result(after: list[float], tmp_path: Path, *, words: tuple[str, str] = ("yes
     """Three prompts, a reply of each model to each; four of the baseline where best-of-n is asked for."""
     before = [[reward] + [reward + 0.5 * k for k in range(1, best_of_n)] for reward in (0.0, 1.0, 2.0)]
     found = measured([[reward] for reward in after], before, kl=kl, words=words)
-    return Result(run_dir=tmp_path, finetuned=None, evaluation=assess(found, policy="policy", baseline="finetuned", best_of_n=best_of_n, seed=0), seconds=61.4)
+    return Result(run_dir=tmp_path, stages={}, evaluation=assess(found, policy="policy", baseline="finetuned", best_of_n=best_of_n, seed=0), seconds=61.4)
 
 
 @pytest.mark.parametrize(

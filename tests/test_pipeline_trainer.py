@@ -284,9 +284,9 @@ def test_an_error_in_the_loop_is_told_once_and_at_once(whole: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_training_that_gives_no_sign_is_stopped(whole: Path, tmp_path: Path) -> None:
-    config = recipe().model_copy(update={"cluster": ClusterConfig(cpus_per_bundle=1, call_timeout_s=30)})
+    config = recipe().model_copy(update={"cluster": ClusterConfig(cpus_per_bundle=1, call_timeout_s=2)})
     told = str(failing(whole, tmp_path, config, sleeps=True))
-    assert told.startswith("sft failed during 'measure': no sign of progress for 30 s. If it only takes long, raise cluster.call_timeout_s")
+    assert told.startswith("sft failed during 'measure': no sign of progress for 2 s. If it only takes long, raise cluster.call_timeout_s")
     [worker] = Signs(tmp_path / "sft").read_workers()
     deadline = time.monotonic() + 10
     while Path(f"/proc/{worker.pid}").exists():

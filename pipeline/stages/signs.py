@@ -23,6 +23,7 @@ from typing import Any
 from cluster.faults import RunError, last_lines
 
 METRICS, _PHASE = "metrics.jsonl", "phase.json"
+START = "start"  # the phase before rank 0 has said anything
 
 Record = Mapping[str, Any]
 
@@ -64,7 +65,7 @@ class Signs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.phase = "start"
+        self.phase = START
 
     # ---- a worker ----
 
@@ -97,7 +98,7 @@ class Signs:
             path.unlink(missing_ok=True)
 
     def read_phase(self) -> str:
-        return str((self._get(_PHASE) or {"name": "start"})["name"])
+        return str((self._get(_PHASE) or {"name": START})["name"])
 
     def read_metrics(self) -> list[Record]:
         """The parts that are done; a line that is being written is not one yet."""

@@ -42,7 +42,7 @@ from pipeline.config import RunConfig
 from pipeline.observe.progress import Progress
 from pipeline.roles import place
 from pipeline.stages.loop import Course, Job, Standing, read_table
-from pipeline.stages.signs import Failure, Record, Signs
+from pipeline.stages.signs import START, Failure, Record, Signs
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 
 _STORAGE = "checkpoints"
 _JOB = "job.txt"
+_LOADING = "load the model"
 _LOOK_S = 0.1  # between two looks at the signs
 
 
@@ -251,7 +252,7 @@ class _Watch:
         if seen != self._seen:
             self._seen, self._at = seen, now
             return None
-        started = len(seen[1]) > 0
+        started = seen[0] not in (START, _LOADING)
         limit = self._config.call_timeout_s if started else self._config.place_timeout_s + self._config.ready_timeout_s
         if now - self._at <= limit:
             return None
@@ -327,7 +328,7 @@ def _work(order: _Order, rank: int, ranks: int, signs: Signs) -> dict[str, Any]:
 
     job = order.job
     if rank == 0:
-        signs.enter("load the model")
+        signs.enter(_LOADING)
     learner = Learner(
         role=job.role,
         rank=rank,
