@@ -48,7 +48,7 @@ def _draw_best_of(axes: Any, best: BestOf, start: float) -> None:
     for n in best.shown[1:]:
         height = curve[n - 1].mean
         axes.plot([best.kl[n - 1]], [height], ".", color=_BEST_OF)
-        axes.annotate(f"n = {n}", (best.kl[n - 1], height), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=_BEST_OF)
+        axes.annotate(f"n = {n}", (best.kl[n - 1], height), xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=8, color=_BEST_OF)
 
 
 def _draw_way(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
