@@ -65,7 +65,7 @@ def test_gain_and_lead_are_over_seeds_and_start_nodes() -> None:
 def test_the_table_has_a_row_a_variant_and_the_comparison_below() -> None:
     results = {"A": [result("A", 0, [0.75, 0.75], [0.5, 0.7])], "C": [result("C", 0, [0.5, 0.5], [0.5, 0.5])], "B": []}
     lines = table((A, B, THEIRS), results).splitlines()
-    assert lines[2] == "| A | rate 0.001 | 1 | 0.500 | 0.750 | +0.250 (+0.250 to +0.250) | 0.600 | 8 |"
+    assert lines[2] == "| A | rate 0.001, 4 x 1 updates | 1 | 0.500 | 0.750 | +0.250 (+0.250 to +0.250) | 0.600 | 8 |"
     assert lines[3].startswith("| C |")
     assert lines[-1] == "| A minus C | +0.250 (+0.250 to +0.250) | +0.100 |"
 
@@ -76,7 +76,6 @@ def test_smoothing_keeps_a_constant_and_averages_neighbours() -> None:
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     results = {name: [result(name, seed, [0.6, 0.7], [0.5, 0.6, 0.7]) for seed in range(2)] for name in ("A", "B", "C")}
     plot((A, B, THEIRS), results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

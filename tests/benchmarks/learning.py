@@ -34,6 +34,7 @@ from cluster.config import ClusterConfig  # noqa: E402
 from cluster.session import Session  # noqa: E402
 from pipeline.observe.observer import read_metrics  # noqa: E402
 from pipeline.run import PACKAGES, train  # noqa: E402
+from pipeline.stopping import Stopped  # noqa: E402
 from pipeline.tasks.walks import RandomWalks, optimality  # noqa: E402
 
 JUDGED = 100  # samples of each start node
@@ -44,15 +45,18 @@ def main() -> None:
     out: Path = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    variants = [variant for variant in VARIANTS if not arguments.only or variant.name in arguments.only]
+    variants = [variant for variant in VARIANTS if not arguments.only or variant.file in arguments.only]
     if not arguments.trl or not trl_baseline.is_installed():
         print("without TRL" + ("" if trl_baseline.is_installed() else f", which is not installed: {trl_baseline.INSTALL}"))
         variants = [variant for variant in variants if not variant.trainer]
     results: dict[str, list[Result]] = {}
-    with Session(ClusterConfig(), out / "log", packages=PACKAGES, local_cpus=8):  # one Ray for all runs
-        for seed in arguments.seeds:
-            for variant in variants:
-                results.setdefault(variant.name, []).append(result_of(variant, seed, arguments.steps, out))
+    try:
+        with Session(ClusterConfig(), out / "log", packages=PACKAGES, local_cpus=8):  # one Ray for all runs
+            for seed in arguments.seeds:
+                for variant in variants:
+                    results.setdefault(variant.name, []).append(result_of(variant, seed, arguments.steps, out))
+    except Stopped as stopped:
+        sys.exit(f"{stopped}; the same command goes on with what is missing")
     (out / "learning.md").write_text(table(variants, results), encoding="utf-8")
     plot(variants, results, out / "learning.png")
     print(f"\n{table(variants, results)}\n{out / 'learning.md'}\n{out / 'learning.png'}")
@@ -61,8 +65,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
+    names = [variant.file for variant in VARIANTS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[variant.name for variant in VARIANTS], metavar="NAME", help=", ".join(v.name for v in VARIANTS))
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/learning"))
