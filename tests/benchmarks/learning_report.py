@@ -97,7 +97,7 @@ def plot(variants: Sequence[Variant], results: Mapping[str, Sequence[Result]], p
             _draw(axis, variant, results[variant.name], beside.get(variant.name) or beside.get(variant.beside) or f"C{number}")
         axis.set(title=panel, xlabel="episodes")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right", title="dot: held out, after the last episode", title_fontsize=7)
+        axis.legend(fontsize=8, loc="lower right", title="dot: 2,000 walks after the last episode", title_fontsize=7)
     axes[0][0].set_ylabel("optimality")
     figure.savefig(path, dpi=90)
     pyplot.close(figure)

@@ -34,6 +34,7 @@ def train(trainer: str, model: str, export_to: Path, *, seed: int, steps: int, b
     from pipeline.tasks.walks import RandomWalks, optimality
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
