@@ -22,7 +22,7 @@ help:
 	@echo "make test         install, then ruff, mypy and every test (20 to 30 minutes on 2 cores)"
 	@echo "make check        the quick part of it (about 4 minutes)"
 	@echo "make chaos        runs whose processes are killed at random moments (about 25 minutes)"
-	@echo "make bench        timings against transformers' generate"
+	@echo "make bench        timings against transformers' generate; which algorithm learns how fast: tests/benchmarks/learning.py"
 	@echo "make install      only make .venv"
 
 install: $(STAMP)

@@ -21,6 +21,7 @@ from driver_setup import config
 from evaluation_helpers import measured
 from pipeline.assemble import AssemblyReport
 from pipeline.checkpoint import Checkpoints, DriverState
+from pipeline.cli import parse
 from pipeline.collector import Collected
 from pipeline.config import load, recipe_path
 from pipeline.evaluation import Likelihood, assess
@@ -415,6 +416,13 @@ def test_the_summary_shows_both_sides_and_where_everything_is(tmp_path: Path) ->
     assert "a prompt, 95 % interval +0.250 to +0.250. 61 s in all.\n" in text
     for name in ("metrics.jsonl", "experience/", "report.md", "evaluation.json", "config.toml", "log/"):
         assert name in text
+
+
+def test_the_commands_to_try_next_are_commands(tmp_path: Path) -> None:
+    """They stand there whatever was run, so each must be right by itself."""
+    tried = summary.next_steps(result([1.0, 2.0, 3.0], tmp_path)).partition("try next")[2]
+    commands = [re.split(r" {3,}", line.strip())[0].split() for line in tried.splitlines() if line.startswith("  raylign ")]
+    assert [parse(words[1:]).recipe for words in commands] == ["walks", "walks", "quickstart"]
 
 
 def test_what_a_model_writes_is_shown_as_it_is(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ saved in {folder}
 
 try next (the command is in .venv/bin)
   raylign plan walks                          what another recipe would run, without running it
-  raylign train walks --algorithm.lam 1       another task, another setting
+  raylign train walks --algorithm.name grpo --batch.prompts 20 --batch.group-size 5
+                                              another task, another algorithm
   raylign train quickstart --rollout.workers 2 --policy.ranks 2 --policy.zero-stage 2
 """
