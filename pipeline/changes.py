@@ -75,7 +75,7 @@ def check_changes(before: Mapping[str, Any], config: RunConfig, allowed: Collect
     return [f"{key}: {old!r} -> {new!r}, which {HARMLESS[key]}" for key, (old, new) in changed.items()]
 
 
-_REMEDY = "Put config.toml back as it was, allow what may change, or begin a new run with `raylign train`."
+_REMEDY = "Put config.toml back as it was, allow what may change, or begin a new run with `raylign run`."
 
 
 def _verdict(key: str, allowed: Collection[str]) -> str:

@@ -115,7 +115,7 @@ class Checkpoints:
         if damaged:
             raise ValueError(
                 f"RUN_DIR: must hold a commit that is whole, got {damaged} damaged in {self.folder.url}; "
-                f"start anew: raylign train {self._run.path}/config.toml --run-dir NEW"
+                f"start anew: raylign run {self._run.path}/config.toml --run-dir NEW"
             )
         return None
 

@@ -131,7 +131,7 @@ def read_history(path: Path) -> tuple[Epoch, ...]:
     try:
         history = _HISTORY.validate_json((path / HISTORY).read_bytes())
     except FileNotFoundError as error:
-        raise ValueError(f"RUN_DIR: must be the folder of a run, got {path}, which has no {HISTORY}; `raylign train RECIPE` makes one") from error
+        raise ValueError(f"RUN_DIR: must be the folder of a run, got {path}, which has no {HISTORY}; `raylign run RECIPE` makes one") from error
     except (OSError, ValidationError) as error:
         raise ValueError(f"RUN_DIR: its {HISTORY} must be as a run writes it, got {path / HISTORY}: {str(error).splitlines()[0]}") from error
     if not history:

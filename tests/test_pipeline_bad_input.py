@@ -261,11 +261,11 @@ NEXT: dict[str, Row] = {
     "a file in the place of the run folder": (f"{NEW} --run-dir mine.py", "--run-dir: must be a folder that can be written, got ... mine.py: Not a directory"),
     "a run folder with something in it": (
         f"{NEW} --run-dir good",
-        "--run-dir: must be a new or empty folder, got ... good; choose another, nothing in it was touched",
+        "--run-dir: must be new or empty, or the folder of a run, got ... good; choose another, nothing in it was touched",
     ),
     "resuming a folder that is no run": (
         "resume good",
-        "RUN_DIR: must be the folder of a run, got good, which has no config.toml; `raylign train RECIPE` makes one",
+        "RUN_DIR: must be the folder of a run, got good, which has no config.toml; `raylign run RECIPE` makes one",
     ),
     "the ledger of a folder that is no run": ("ledger good", "RUN_DIR: must be the folder of a run, got good, which has no config.toml"),
     "no prompts for a new model": (f"{NEW} --task mine:Empty", "task: prompts('train') of 'walks' must give at least one PromptText, got none"),
@@ -337,7 +337,7 @@ def begun(tmp_path: Path) -> Path:
 
 def test_a_run_goes_on_with_its_own_settings_only(begun: Path, warm: Callable[..., Said], tmp_path: Path) -> None:
     differ = "raylign: the settings must be those that the run was begun with, but they differ: ... "
-    remedy = " ... Put config.toml back as it was, allow what may change, or begin a new run with `raylign train`."
+    remedy = " ... Put config.toml back as it was, allow what may change, or begin a new run with `raylign run`."
     changed = warm("resume", str(begun), "--steps", "50", "--batch.prompts", "7", cwd=tmp_path)
     steps = "steps: 40 -> 50   changes the course of the run from here on: --allow-change steps"
     refused(changed, f"{differ}{steps} ... batch.prompts: 100 -> 7   not in a run that has begun{remedy}")
@@ -373,7 +373,7 @@ def test_a_finished_run_says_so(begun: Path, warm: Callable[..., Said], tmp_path
     ("file", "text", "message"),
     [
         ("history.json", '[{"number": 1', "RUN_DIR: its history.json must be as a run writes it, got ... history.json: "),
-        ("history.json", None, "RUN_DIR: must be the folder of a run, got ... which has no history.json; `raylign train RECIPE` makes one"),
+        ("history.json", None, "RUN_DIR: must be the folder of a run, got ... which has no history.json; `raylign run RECIPE` makes one"),
         ("config.toml", "steps = [", "config.toml: must be TOML: "),
     ],
     ids=["torn history", "no history", "torn recipe"],

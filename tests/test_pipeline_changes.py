@@ -31,7 +31,7 @@ def test_every_difference_is_shown_with_what_may_be_done() -> None:
     assert "policy.learning_rate: 1e-05 -> 0.5   not in a run that has begun" in text
     assert "rollout.workers: 2 -> 5   gives the same weights: --allow-change rollout.workers" in text
     assert "policy.ranks: 1 -> 2   (allowed)" in text
-    assert text.endswith("or begin a new run with `raylign train`.")
+    assert text.endswith("or begin a new run with `raylign run`.")
 
 
 def test_allowed_changes_are_told_with_what_they_mean() -> None:

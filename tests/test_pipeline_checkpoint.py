@@ -120,7 +120,7 @@ def test_every_bit_of_the_manifest_counts(run: RunFolder) -> None:
 def test_when_all_are_damaged_the_run_does_not_begin_anew_by_itself(run: RunFolder) -> None:
     for step in (1, 2):
         truncate(run.path / "checkpoints" / make(run, step).name / "policy" / "rank-0")
-    with pytest.raises(ValueError, match=r"must hold a commit that is whole, got 2 damaged in .*start anew: raylign train"):
+    with pytest.raises(ValueError, match=r"must hold a commit that is whole, got 2 damaged in .*start anew: raylign run"):
         latest(run)
 
 

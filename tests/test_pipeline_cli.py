@@ -28,7 +28,7 @@ def test_help_comes_at_once(tmp_path: Path) -> None:
         took.append(time.monotonic() - started)
         assert said.code == 0
         assert said.err == ""
-        for word in ("raylign quickstart", "raylign train RECIPE", "raylign plan RECIPE", "--run-dir DIR", f"recipes: {RECIPES}"):
+        for word in ("raylign quickstart", "raylign run RECIPE", "raylign plan RECIPE", "--run-dir DIR", f"recipes: {RECIPES}"):
             assert word in said.out
         assert not {"pydantic", "tyro", "rich", *HEAVY} & said.imported
     assert min(took) < 2
@@ -38,13 +38,13 @@ def test_help_comes_at_once(tmp_path: Path) -> None:
 def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
     said = raylign(cwd=tmp_path)
     assert said.code == 2
-    assert "raylign train RECIPE" in said.out
+    assert "raylign run RECIPE" in said.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fly"], "command: must be quickstart, train, plan, resume, ledger, replay or evaluate, got 'fly'; see raylign --help"),
+        (["fly"], "command: must be quickstart, run, sft, reward, train, plan, resume, ledger, replay or evaluate, got 'fly'; see raylign --help"),
         (["train"], f"recipe: `raylign train` needs one, a TOML file or one of {RECIPES}"),
         (["plan", "--steps", "3"], f"recipe: `raylign plan` needs one, a TOML file or one of {RECIPES}"),
         (["train", "walk"], f"recipe: must be a TOML file or one of {RECIPES.split(', ')}, got 'walk'"),
@@ -165,7 +165,7 @@ def test_the_installed_command_looks_there_too(tmp_path: Path) -> None:
 def test_help_of_a_command(tmp_path: Path) -> None:
     said = raylign("train", "--help", cwd=tmp_path)
     assert said.code == 0
-    assert "raylign train RECIPE" in said.out
+    assert "raylign run RECIPE" in said.out
     settings = raylign("train", "walks", "--help", cwd=tmp_path)
     assert settings.code == 0
     assert "usage: raylign train walks" in settings.out
@@ -190,7 +190,7 @@ def test_a_run_folder_with_something_in_it_is_refused_and_left_alone(tmp_path: P
     kept.write_text("mine")
     said = raylign("train", "walks", "--run-dir", "run", *NOWHERE, cwd=tmp_path)
     assert said.code == 2
-    assert said.err == f"raylign: --run-dir: must be a new or empty folder, got {tmp_path / 'run'}; choose another, nothing in it was touched\n"
+    assert said.err == f"raylign: --run-dir: must be new or empty, or the folder of a run, got {tmp_path / 'run'}; choose another, nothing in it was touched\n"
     assert "ray" not in said.imported
     assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [("notes.txt", "mine")]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

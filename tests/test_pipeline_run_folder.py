@@ -87,7 +87,7 @@ def test_what_a_later_epoch_went_back_behind_does_not_count(of_epoch: int, step:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, f"has no {HISTORY}; `raylign train RECIPE` makes one"),
+        (None, f"has no {HISTORY}; `raylign run RECIPE` makes one"),
         (b"", "must be as a run writes it"),
         (b'[{"number": 1', "must be as a run writes it"),
         (b"[]", "must name at least one epoch"),

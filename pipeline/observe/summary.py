@@ -64,12 +64,12 @@ saved in {folder}
   metrics.jsonl      every number of every step; also: tensorboard --logdir {folder}/tensorboard
   experience/        what was trained on, a Parquet file a step
   report.md          the evaluation in words, tables and a picture (frontier.png); evaluation.json has all rewards and replies
-  config.toml        the run again: raylign train {folder}/config.toml
+  config.toml        the run again: raylign run {folder}/config.toml
   log/               what each process printed
 
 try next (the command is in .venv/bin)
   raylign plan walks                          what another recipe would run, without running it
-  raylign train walks --algorithm.name grpo --batch.prompts 20 --batch.group-size 5
+  raylign run walks --algorithm.name grpo --batch.prompts 20 --batch.group-size 5
                                               another task, another algorithm
-  raylign train quickstart --rollout.workers 2 --policy.ranks 2 --policy.zero-stage 2
+  raylign run quickstart --rollout.workers 2 --policy.ranks 2 --policy.zero-stage 2
 """
