@@ -81,7 +81,7 @@ def check_packing(model: Any, path: str) -> None:
         packed = model.base_model(input_ids=ids, position_ids=positions, attention_mask=block_causal(segments), use_cache=False).last_hidden_state
         alone = torch.cat([model.base_model(input_ids=part, use_cache=False).last_hidden_state for part in (ids[:, :3], ids[:, 3:])], 1)
         gap, scale = float((packed - alone).abs().max()), float(alone.abs().max())
-        problem = f"whose hidden states then differ by up to {gap:.2g}" if gap > 100 * torch.finfo(model.dtype).eps * scale else ""
+        problem = f"whose hidden states then differ by up to {gap:.2g}" if gap > torch.finfo(model.dtype).eps ** 0.5 * scale else ""
     if problem:
         raise ValueError(
             "pack_tokens: must be 0 for a model whose sequences cannot be kept apart on one line by position ids and a mask, "

@@ -275,7 +275,7 @@ NEXT: dict[str, Row] = {
     "a judge with torn weights": (f"{NEW} --reward.model torn", f"{A_JUDGE} ... torn': model.safetensors is not whole ( ... ); copy it again"),
     "a critic of other words": (
         f"{OLD} good --reward.model foreign --critic.start reward",
-        "critic.start: must have the words of the policy, 'good', got ... foreign' with others; choose a model that was trained from the same one",
+        "critic.start: must have the words of the policy, ... good', got ... foreign' with others; choose a model that was trained from the same one",
     ),
     "a judge of two minds": (f"{NEW} --reward.model two", "reward.model: must have one output, got 2 labels in ... two'; train it with num_labels=1"),
 }
