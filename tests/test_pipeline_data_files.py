@@ -29,6 +29,7 @@ from pipeline.data.report import Measured, report, write_report
 from pipeline.data.sources import absolute, hub_url, is_hub
 from pipeline.data.template import Layout, shorter
 from pipeline.data.turns import Turn, Turns, compared, joined
+from pipeline.prompts import asked
 from pipeline.tasks.task import SPLITS, Comparison, Demonstration, Task, comparisons_of, demonstrations_of, load_task, prompts_of
 from pipeline.tasks.walks import RandomWalks
 
@@ -382,8 +383,8 @@ def test_a_prompt_gets_shorter_by_its_oldest_exchange() -> None:
 
 def test_prompts_are_made_to_fit(tmp_path: Path, tiny_model: Path) -> None:
     """One byte is one token: prompts of 19 and more characters, where 40 may be."""
-    asked = [hh(last="aa"), hh(last="b" * 60), hh("x" * 40, "y", last="cc"), hh("d" * 40, "y", last="aa")]
-    rows = [{"prompt": text} for text in asked]
+    questions = [hh(last="aa"), hh(last="b" * 60), hh("x" * 40, "y", last="cc"), hh("d" * 40, "y", last="aa")]
+    rows = [{"prompt": text} for text in questions]
     tokenizer = load_tokenizer(str(tiny_model))
     limits = {"max_prompt_tokens": 40, "context": 64, "max_new_tokens": 10}
     task = Files(DataConfig(prompts=write(tmp_path / "a.jsonl", rows)))
@@ -399,6 +400,23 @@ def test_prompts_are_made_to_fit(tmp_path: Path, tiny_model: Path) -> None:
         fit_prompts(task, prompts, tokenizer, **(limits | {"max_prompt_tokens": 5}))
     walks = RandomWalks()
     assert list(fit_prompts(walks, walks.prompts("train"), tokenizer, **limits).prompts) == walks.prompts("train")
+
+
+def test_a_run_asks_what_fits(tmp_path: Path, tiny_model: Path) -> None:
+    """The prompts of a run in the model's tokens: drawn from what fits, and the account of the rest."""
+    rows = [*pairs(60), {key: hh("x" * 60, "y", "Then?", last=key) for key in ("chosen", "rejected")}]
+    data = DataConfig(comparisons=write(tmp_path / "pairs.jsonl", rows), heldout=0.3)
+    config = recipe(data=data, model={"path": str(tiny_model)}, batch={"max_prompt_tokens": 50}, sampling={"max_new_tokens": 8})
+    task = load_task(config.task, config.data, config.model.path)
+    found = asked(config, task, config.model.path)
+    assert sum(fitted.whole + fitted.shortened + len(fitted.excluded) for fitted in found.fitted.values()) == 61
+    assert sum(fitted.shortened for fitted in found.fitted.values()) == 1
+    for split, stream in (("train", found.train), ("heldout", found.heldout)):
+        drawn = stream.draw(range(len(stream))).table
+        assert len(stream) == len(found.fitted[split].prompts) > 5  # type: ignore[index]
+        assert max(map(len, drawn["tokens"].to_pylist())) <= 50
+        places = {json.loads(metadata)["line"] for metadata in drawn["metadata"].to_pylist()}
+        assert places == {prompt.metadata["line"] for prompt in found.fitted[split].prompts}  # type: ignore[index]
 
 
 # The report.
