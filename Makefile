@@ -12,7 +12,7 @@ JOBS ?= 2
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
-PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help install quickstart test check chaos lint bench clean
