@@ -12,15 +12,15 @@ JOBS ?= 2
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
-PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help install quickstart test check chaos lint bench clean
 
 help:
 	@echo "make quickstart   install, then fine-tune and align a small GPT-2 (about 5 minutes on 2 cores)"
-	@echo "make test         install, then ruff, mypy and every test (20 to 30 minutes on 2 cores)"
-	@echo "make check        the quick part of it (about 4 minutes)"
+	@echo "make test         install, then ruff, mypy and every test (about 15 minutes on 2 cores)"
+	@echo "make check        the quick part of it (about 1.5 minutes)"
 	@echo "make chaos        runs whose processes are killed at random moments (about 25 minutes)"
 	@echo "make bench        timings against transformers' generate; which algorithm learns how fast: tests/benchmarks/learning.py"
 	@echo "make install      only make .venv"

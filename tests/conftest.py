@@ -24,13 +24,26 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), str(
 
 settings.register_profile(QUICK, max_examples=30)
 
-LONGEST = ("test_pipeline_resume", "test_pipeline_run", "test_pipeline_job", "test_pipeline_driver", "test_actors_state", "test_pipeline_bad_input")
+ACTORS = "tests/test_actors_"  # the files whose tests share a pair of gloo ranks and need no Ray
+LONGEST = ("test_pipeline_resume", "test_pipeline_run", "test_pipeline_job", "test_pipeline_driver", "test_pipeline_bad_input")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first: with several workers, each of which takes one file after the other, no worker is then left alone at the end."""
+    """What takes longest comes first: then no worker is left alone with it at the end."""
     rank = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    items.sort(key=lambda item: -1 if item.nodeid.startswith(ACTORS) else rank.get(item.path.stem, len(rank)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers take the tests file by file, since a file's tests share fixtures; all files of the actors count as one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return ACTORS if nodeid.startswith(ACTORS) else str(super()._split_scope(nodeid))
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -173,6 +173,7 @@ def test_slice_and_concat_copy_nothing(kind: Kind) -> None:
     assert len(a.slice(9)) == 0
 
 
+@pytest.mark.slow
 def test_ray_sends_only_the_rows_of_a_slice(ray_session: Session) -> None:
     rows, length = 100_000, 20
     values = pa.array(np.zeros(rows * length, np.float32))
