@@ -86,21 +86,24 @@ def plot(variants: Sequence[Variant], results: Mapping[str, Sequence[Result]], p
 
     mpl.use("Agg")
     from matplotlib import pyplot
+    from PIL import Image
 
     shown = [variant for variant in variants if results.get(variant.name)]
     panels = list(dict.fromkeys(variant.panel for variant in shown))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), sharey=True, squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[0], panels, strict=True):
+    rows = -(-len(panels) // 2)
+    figure, axes = pyplot.subplots(rows, min(len(panels), 2), figsize=(10, 4.4 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for axis, panel in zip(axes.flat, panels, strict=False):
         drawn = [variant for variant in shown if variant.panel == panel]
         beside = {variant.beside: f"C{number}" for number, variant in enumerate(drawn) if variant.beside}
         for number, variant in enumerate([*(ours for ours in shown if ours.name in beside), *drawn]):
             _draw(axis, variant, results[variant.name], beside.get(variant.name) or beside.get(variant.beside) or f"C{number}")
-        axis.set(title=panel, xlabel="episodes")
+        axis.set(title=panel, xlabel="episodes", ylabel="optimality")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower right", title="dot: 2,000 walks after the last episode", title_fontsize=7)
-    axes[0][0].set_ylabel("optimality")
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size, since it lies in the repository
 
 
 def _draw(axis: Any, variant: Variant, results: Sequence[Result], colour: str) -> None:

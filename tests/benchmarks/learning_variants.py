@@ -70,36 +70,38 @@ class Variant:
             evaluation={"samples": 1},  # the benchmark judges by itself
         )
 
-    def settings(self, model: str, seed: int, steps: int) -> dict[str, Any]:
-        """All that a result depends on, as JSON has it."""
+    def settings(self, seed: int, steps: int) -> dict[str, Any]:
+        """All that a result depends on, as JSON has it; the model follows from the seed."""
         if self.trainer:
-            return self.trl | BATCH | {"model": model, "seed": seed, "steps": steps}
-        return self.config(model, seed, steps).model_dump(mode="json")
+            return self.trl | BATCH | {"seed": seed, "steps": steps}
+        return self.config("pretrained", seed, steps).model_dump(mode="json")
 
 
 TD: dict[str, Any] = {"critic_rate": 3e-3, "minibatches": 4}
-"""For a critic that bootstraps, which must be ahead of the policy: it gets more updates, and the policy starts slowly. With advantages whitened, or with
-three times the policy's rate, A2C of one step drives the policy to where nothing is rewarded any more, and stays there."""
+"""For a critic that bootstraps, which must be ahead of the policy: it gets more updates, and the policy starts slowly. At three times the policy's rate A2C
+of one step may learn at first, but then goes where the critic errs (a node repeated is worth what the node is) and stays there, rewarded no more."""
 
 VARIANTS = (
     Variant(name="REINFORCE", panel="no critic, no groups", algorithm={"name": "reinforce"}, rate=1e-3, epochs=1),
     Variant(name="batch mean as baseline", panel="no critic, no groups", algorithm={"name": "reinforce_baseline"}, rate=1e-3, epochs=1),
     Variant(name="REINFORCE++", panel="no critic, no groups", algorithm={"name": "reinforce_pp"}, rate=1e-3),
     Variant(name="value as baseline", panel="critic", algorithm={"name": "reinforce_baseline", "baseline": "value"}, rate=1e-3, critic_rate=3e-3, epochs=1),
-    Variant(name="A2C one step", panel="critic", algorithm={"name": "a2c", "whiten_advantages": False}, rate=1e-4, warmup=0.5, **TD),
+    Variant(name="A2C one step", panel="critic", algorithm={"name": "a2c", "whiten_advantages": False}, rate=3e-5, warmup=0.25, **TD),
     Variant(name="A2C four steps", panel="critic", algorithm={"name": "a2c", "n_steps": 4, "whiten_advantages": False}, rate=2e-4, warmup=0.25, **TD),
     Variant(name="PPO", panel="critic", algorithm={"name": "ppo"}, rate=1e-3, critic_rate=3e-3),
     Variant(name="PPO dual clip", panel="critic", algorithm={"name": "ppo", "dual_clip": 3.0}, rate=1e-3, critic_rate=3e-3),
     Variant(name="others' mean as baseline", panel="groups", algorithm={"name": "reinforce_baseline", "baseline": "leave_one_out"}, rate=1e-3, epochs=1),
     Variant(name="RLOO", panel="groups", algorithm={"name": "rloo"}, rate=1e-3),
+    Variant(name="RLOO by rollout", panel="groups", algorithm={"name": "rloo", "ratio": "sequence", "clip_low": 0.05, "clip_high": 0.05}, rate=1e-3),
     Variant(name="GRPO", panel="groups", algorithm={"name": "grpo"}, rate=1e-3),
     Variant(name="Dr. GRPO", panel="groups", algorithm={"name": "grpo", "std": False, "aggregation": "constant"}, rate=1e-3),
     Variant(name="DAPO's loss", panel="groups", algorithm={"name": "grpo", "clip_high": 0.28, "aggregation": "token_mean"}, rate=1e-3),
     Variant(name="GSPO", panel="groups", algorithm={"name": "grpo", "ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}, rate=1e-3),
     Variant(name="TRL's GRPO", panel="beside TRL", algorithm={}, rate=1e-3, trainer="GRPO", beside="GRPO"),
-    Variant(name="TRL's RLOO", panel="beside TRL", algorithm={}, rate=1e-3, trainer="RLOO", beside="RLOO"),
+    Variant(name="TRL's RLOO", panel="beside TRL", algorithm={}, rate=1e-3, trainer="RLOO", beside="RLOO by rollout"),
 )
-"""DAPO is here without its dynamic sampling, which takes more episodes for a step."""
+"""DAPO is here without its dynamic sampling, which takes more episodes for a step. TRL's RLOO clips the ratio of the whole rollout, at 0.2; over four tokens
+that is about 0.05 of the length-normalised one, hence the one of ours beside it."""
 
 
 def pretraining(seed: int) -> RunConfig:
