@@ -71,7 +71,7 @@ def finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progr
     from actors.model import context_of
 
     progress.stage("tokenise demonstrations", 1)
-    folder, chosen = run_dir / "finetuned", config.finetune
+    folder = run_dir / "finetuned"
     task = load_task(config.task, config.data, config.model.path)
     model = config.model.path or str(_new_model(config, task, run_dir / CACHE))
     train, heldout = (encode_demonstrations(task, split, model, context_of(model), run_dir / CACHE) for split in SPLITS)
@@ -88,13 +88,13 @@ def finetune(config: RunConfig, session: Session, run_dir: Path, progress: Progr
         heldout=heldout.path.absolute(),
         rows=train.rows,
         best=folder.absolute(),
-        learner=chosen.learner,
+        learner=config.finetune.learner,
         objective=Imitation(),
         measure=Perplexity(),
-        epochs=chosen.epochs,
-        early_stop=chosen.early_stop,
-        batch=chosen.batch_size,
-        checkpoint_every=chosen.checkpoint_every,
+        epochs=config.finetune.epochs,
+        early_stop=config.finetune.early_stop,
+        batch=config.finetune.batch_size,
+        checkpoint_every=config.finetune.checkpoint_every,
         seed=config.seed,
     )
     fitted = fit(job, config, session, run_dir / "sft", progress)
@@ -106,10 +106,10 @@ def _new_model(config: RunConfig, task: Task, cache: Path) -> Path:
     """A GPT-2 of the recipe's shape with random weights, and a tokenizer of the task's text: the folder."""
     from actors.model import load_tokenizer, new_gpt2
 
-    folder, shape = (cache / "model").absolute(), config.model
+    folder, model = (cache / "model").absolute(), config.model
     folder.mkdir(parents=True, exist_ok=True)
-    task.build_tokenizer(folder, shape.vocabulary)
-    sizes = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "context": shape.context}
+    task.build_tokenizer(folder, model.vocabulary)
+    sizes = {"layers": model.layers, "width": model.width, "heads": model.heads, "context": model.context}
     new_gpt2(load_tokenizer(str(folder)), **sizes, seed=config.seed).save_pretrained(folder)
     return folder
 

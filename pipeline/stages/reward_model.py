@@ -78,8 +78,9 @@ def train_reward_model(
     """
     from actors.reward_model import Preference
 
+    assert comparisons is not None or config.reward_model.pairs == "task", "sampled comparisons are given"
     progress.stage("tokenise comparisons", 1)
-    folder, chosen = run_dir / MODEL, config.reward_model
+    folder = run_dir / MODEL
     model = str((run_dir / "finetuned").absolute()) if config.finetune.epochs else config.model.path
     train, heldout = _tables(config, model, run_dir, comparisons)
     if excluded := len(train.excluded) + len(heldout.excluded):
@@ -94,15 +95,15 @@ def train_reward_model(
         heldout=heldout.path.absolute(),
         rows=train.rows,
         best=folder.absolute(),
-        learner=chosen.learner,
+        learner=config.reward_model.learner,
         objective=Preference(),
         measure=PreferenceLoss(),
-        epochs=chosen.epochs,
-        early_stop=chosen.early_stop,
-        batch=chosen.batch_size,
-        checkpoint_every=chosen.checkpoint_every,
+        epochs=config.reward_model.epochs,
+        early_stop=config.reward_model.early_stop,
+        batch=config.reward_model.batch_size,
+        checkpoint_every=config.reward_model.checkpoint_every,
         seed=config.seed,
-        reference=str(train.path.absolute()) if chosen.standardise else "",
+        reference=str(train.path.absolute()) if config.reward_model.standardise else "",
         finish=Judging((run_dir / CACHE / _TEXTS).absolute()),
     )
     fitted = fit(job, config, session, run_dir / "reward", progress)
