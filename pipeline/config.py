@@ -195,12 +195,11 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 def _data_rules(config: RunConfig) -> None:
     data, template = config.data, config.data.template
-    sources = {name: source for name in ("comparisons", "demonstrations", "prompts") if (source := getattr(data, name))}
     if config.task != "files":
         if data != DataConfig():
             raise ValueError(f"data: must be left out unless task is files, got settings for task {config.task!r}; such a task has its own data")
         return
-    if not sources:
+    if not (data.comparisons or data.demonstrations or data.prompts):
         raise ValueError("data: must name at least one source when task is files, got none; give data.comparisons, data.demonstrations or data.prompts")
     if not (config.reward.function or config.reward.model or config.reward_model.epochs):
         raise ValueError(

@@ -34,7 +34,8 @@ def show(config: RunConfig, console: Console) -> None:
 
     check(config)
     task = load_task(config.task, config.data, config.model.path)
-    load_function(config.reward.function or task.reward)
+    if not config.reward.model:
+        load_function(config.reward.function or task.reward)
     placement = place(config, demands(config))
     shape = _shape(config)
     table = Table(title="processes", title_justify="left")

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.data.fit import Fitted, fit_prompts
 from pipeline.tasks.task import SPLITS, PromptStream, Split, Task, demonstrations_of, prompts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """train: in the order of the run's seed. heldout: the same order in every run."""
+    """train: in the order of the run's seed. heldout: the same order in every run. fitted: of each split, what was done to make its prompts fit."""
 
     tokenizer: Any
     train: PromptStream
     heldout: PromptStream
+    fitted: dict[Split, Fitted]
 
 
 def check_data(config: RunConfig, task: Task) -> None:
@@ -30,7 +32,7 @@ def asked(config: RunConfig, task: Task, model: str) -> Asked:
     """The prompts of a run whose policy starts from `model`, a folder or hub name.
 
     Raises ValueError when the model cannot be read, when it and its tokenizer do not belong together, when there are no prompts, or naming
-    the first that is too long.
+    the first that is too long; where the task can shorten its prompts, those that remain too long are left out and counted.
     """
     from actors.model import check_model, context_of, load_tokenizer, vocabulary_of
 
@@ -42,14 +44,7 @@ def asked(config: RunConfig, task: Task, model: str) -> Asked:
             "give it its own tokenizer, or resize its embeddings"
         )
 
-    def stream(split: Split, seed: int) -> PromptStream:
-        return PromptStream(
-            prompts_of(task, split),
-            tokenizer,
-            seed=seed,
-            max_prompt_tokens=config.batch.max_prompt_tokens,
-            context=context,
-            max_new_tokens=config.sampling.max_new_tokens,
-        )
-
-    return Asked(tokenizer=tokenizer, train=stream("train", config.seed), heldout=stream("heldout", 0))
+    limits = {"max_prompt_tokens": config.batch.max_prompt_tokens, "context": context, "max_new_tokens": config.sampling.max_new_tokens}
+    fitted = {split: fit_prompts(task, prompts_of(task, split), tokenizer, **limits) for split in SPLITS}
+    streams = {split: PromptStream(fitted[split].prompts, tokenizer, seed=seed, **limits) for split, seed in zip(SPLITS, (config.seed, 0), strict=True)}
+    return Asked(tokenizer=tokenizer, train=streams["train"], heldout=streams["heldout"], fitted=fitted)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from cluster.config import Config
 
+Kind = Literal["comparisons", "demonstrations", "prompts"]
 Format = Literal["auto", "transcript", "columns", "messages"]
 
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actors import ragged
+from cluster.faults import Fault, RunError, classify, last_lines
 from pipeline.data.blocks import encode_block
 from pipeline.data.cache import Cache, content_hash
 from pipeline.data.problems import DataError
@@ -31,6 +32,7 @@ from pipeline.tasks.task import Comparison, Demonstration, Split, Task, comparis
 
 VERSION = 1  # of what is computed here: a change of the code that changes tables must change it
 BLOCK_BYTES = 8_000_000  # of text that one Ray task takes; small data are one task, since each takes seconds to start
+SILENCE_S = 1800.0  # longest wait for one block, in seconds
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 What = Literal["demonstrations", "comparisons"]
@@ -55,7 +57,7 @@ def encode_demonstrations(task: Task, split: Split, tokenizer_path: str, context
     """What the task shows to be imitated, as an `Experience` table. Needs a connection to Ray and one free CPU, unless it is in the cache.
 
     tokenizer_path: folder or hub name. context: longest row, end-of-text token included. cache: a folder that runs share.
-    Raises ValueError for a task that has none, and when none fits.
+    Raises ValueError for a task that has none, and when none fits; RunError when tokenising fails or stands still.
     """
     return _encode("demonstrations", demonstration_texts(demonstrations_of(task, split), shorter_of(task)), _shortens(task), tokenizer_path, context, cache)
 
@@ -115,9 +117,10 @@ def _encode(what: What, texts: pa.Table, shortens: bool, tokenizer_path: str, co
 
 
 def _on_ray_data(texts: pa.Table, encode: Callable[[pa.Table], pa.Table]) -> list[pa.Table]:
-    """Blocks of texts, their rows numbered, to blocks of tokens, in order."""
+    """Blocks of texts, their rows numbered, to blocks of tokens, in order. Raises RunError."""
     import ray
     import ray.data
+    from ray.data.exceptions import ExecutionTimeoutError
 
     _quieten()
     texts = texts.append_column("number", pa.array(range(texts.num_rows), pa.int64()))
@@ -126,9 +129,17 @@ def _on_ray_data(texts: pa.Table, encode: Callable[[pa.Table], pa.Table]) -> lis
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = SILENCE_S
     with ray.data.DataContext.current(context):
-        data = ray.data.from_arrow([texts.slice(start, end - start) for start, end in pairwise(bounds)])
-        tables: list[pa.Table] = ray.get(data.map_batches(encode, batch_format="pyarrow", batch_size=None, zero_copy_batch=True).to_arrow_refs())
+        try:
+            data = ray.data.from_arrow([texts.slice(start, end - start) for start, end in pairwise(bounds)])
+            encoded = data.map_batches(encode, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
+            tables: list[pa.Table] = ray.get(encoded.to_arrow_refs(), timeout=SILENCE_S)
+        except ExecutionTimeoutError as error:
+            remedy = "It needs a CPU that no placement has reserved."
+            raise RunError("data", "tokenising", f"no block was done within {SILENCE_S:g} s", remedy, fault=Fault.EXPIRED) from error
+        except ray.exceptions.RayError as error:
+            raise RunError("data", "tokenising", last_lines(error), fault=classify(error)) from error
     return tables
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.data import messages, transcript
-from pipeline.data.config import ColumnsConfig, DataConfig
+from pipeline.data.config import ColumnsConfig, DataConfig, Kind
 from pipeline.data.problems import RowError
 from pipeline.data.reader import Row
 from pipeline.data.turns import Turn, Turns, answered, asking, checked, compared, joined
 
-Kind = Literal["comparisons", "demonstrations", "prompts"]
 Form = Literal["transcript", "columns", "messages"]
 
 
@@ -138,8 +137,8 @@ class _Reader:
             turns = (*before, *turns)
         elif before and self._joined(turns)[: len(before)] != before:
             raise RowError("no common prompt", "the reply's conversation does not begin with the prompt")
-        elif not before and not transcript.is_transcript(str(value)) and self.form == "transcript":
-            raise RowError("no turns")
+        elif not before and self.form == "transcript":
+            turns = transcript.parse(value)  # which knows why, if it is none
         return self._joined(turns)
 
     def _turns(self, name: str, value: Any, role: Literal["user", "assistant"]) -> Turns:

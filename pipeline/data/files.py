@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.data.config import DataConfig
-from pipeline.data.exchange import Exchange, Kind
+from pipeline.data.config import DataConfig, Kind
+from pipeline.data.exchange import Exchange
 from pipeline.data.load import Loaded, check_share, load
 from pipeline.data.problems import DataError, Problem, RowError
+from pipeline.data.sources import named
 from pipeline.data.split import split_of
 from pipeline.data.template import Layout, layout_of, shorter, typed
 from pipeline.data.turns import Turns
@@ -106,8 +107,7 @@ class Files:
 
     @cached_property
     def _sources(self) -> dict[Kind, Loaded]:
-        named: dict[Kind, str] = {kind: source for kind in KINDS if (source := getattr(self.data, kind))}
-        return {kind: load(kind, source, self.data) for kind, source in named.items()}
+        return {kind: load(kind, source, self.data) for kind, source in named(self.data).items()}
 
     @cached_property
     def _layout(self) -> Layout:
@@ -127,7 +127,7 @@ class Files:
                     refused.append(Problem(source=exchange.source, line=exchange.line, kind=error.kind, detail=error.detail))
             kept = tuple(row.exchange for row in rows)
             loaded[kind], laid[kind] = replace(source, exchanges=kept, problems=(*source.problems, *refused)), rows
-            check_share(getattr(self.data, kind), loaded[kind], self.data.max_excluded)
+            check_share(named(self.data)[kind], loaded[kind], self.data.max_excluded)
         return loaded, laid
 
     def _laid(self, exchange: Exchange) -> Laid:

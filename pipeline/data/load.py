@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
-from pipeline.data.config import DataConfig
-from pipeline.data.exchange import Exchange, Form, Kind, exchange_of, form_of, wanted
+from pipeline.data.config import DataConfig, Kind
+from pipeline.data.exchange import Exchange, Form, exchange_of, form_of, wanted
 from pipeline.data.problems import DUPLICATE, DataError, Problem, RowError
 from pipeline.data.reader import Row, read
 from pipeline.data.sources import find

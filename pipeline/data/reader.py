@@ -56,13 +56,13 @@ def _json_lines(file: File) -> Iterator[Row | Problem]:
             yield Problem(source=file.name, line=number, kind="line too long", detail=f"more than {MAX_LINE} bytes")
             continue
         try:
-            values = json.loads(line.decode("utf-8"))
+            values = json.loads(line.decode("utf-8").rstrip())
         except UnicodeDecodeError as error:
             yield Problem(source=file.name, line=number, kind="not UTF-8", detail=f"byte {error.start + 1} of the line is {line[error.start]:#04x}")
         except (ValueError, RecursionError) as error:
             if number == 1 and line.lstrip().startswith(b"["):
                 raise DataError(f"{file.name}: must have one JSON object a line, got a list over several lines; write each of its entries on a line") from error
-            yield Problem(source=file.name, line=number, kind="broken JSON", detail=_short(str(error)))
+            yield Problem(source=file.name, line=number, kind="broken JSON", detail=_json_fault(error))
         else:
             if isinstance(values, dict):
                 yield Row(source=file.name, line=number, values=values)
@@ -126,6 +126,12 @@ def _row(file: File, number: int, row: pa.RecordBatch) -> Row | Problem:
         return Row(source=file.name, line=number, values=row.to_pylist()[0])
     except UnicodeDecodeError as error:  # Arrow does not look into text that others wrote
         return Problem(source=file.name, line=number, kind="not UTF-8", detail=_short(str(error)))
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1} of the line"
+    return "nested too deeply" if isinstance(error, RecursionError) else _short(str(error))
 
 
 def _short(text: str) -> str:

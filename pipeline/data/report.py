@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from cluster.storage import Folder
+from pipeline.data.config import Kind
 from pipeline.data.encode import QUANTILES, Encoded
-from pipeline.data.exchange import Kind
 from pipeline.data.files import KINDS, Files, Laid
 from pipeline.data.fit import Fitted
 from pipeline.data.load import Loaded
 from pipeline.data.problems import DUPLICATE, PROBLEMS, REMARKS, Problem
+from pipeline.data.sources import named
 from pipeline.tasks.task import SPLITS, Split
 
 SHOWN = 5  # rows of each kind of problem that the report names; data-excluded.jsonl names all
@@ -50,7 +51,7 @@ def report(task: Files, measured: Measured | None = None) -> dict[str, Any]:
     measured = measured or Measured()
     sides = {kind: {split: [row for row in task.all_rows(kind) if row.split == split] for split in SPLITS} for kind in KINDS}
     return {
-        "sources": [_source(getattr(task.data, kind), loaded) for kind, loaded in task.loaded.items()],
+        "sources": [_source(named(task.data)[kind], loaded) for kind, loaded in task.loaded.items()],
         "layout": task.layout_kind,
         "rows": {
             kind: {"derived": kind not in task.loaded} | {split: len(rows) for split, rows in sides[kind].items()} for kind in KINDS if task.all_rows(kind)

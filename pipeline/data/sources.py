@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from pipeline.data.config import DataConfig
+from pipeline.data.config import DataConfig, Kind
 from pipeline.data.problems import DataError
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)/(?P<split>[\w.+-]+))?")
-_NAMES = ("comparisons", "demonstrations", "prompts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +37,13 @@ def find(source: str, field: str) -> list[File]:
     url = hub_url(source) if is_hub(source) else source
     try:
         fs, root = _filesystem(url)
-        if fs.isdir(root) and not _is_pattern(url):
-            raise DataError(f"{field}: must be files, got the folder {source!r}; name them, such as {source.rstrip('/')}/*.jsonl")
-        paths = sorted(fs.glob(root)) if _is_pattern(url) else [root] if fs.isfile(root) else []
+        paths = _matching(fs, root) if _is_pattern(url) else [_file(fs, root)]
+    except FileNotFoundError as error:
+        raise DataError(_not_found(source, field, url)) from error
+    except IsADirectoryError as error:
+        raise DataError(f"{field}: must be files, got the folder {source!r}; name them, such as {source.rstrip('/')}/*.jsonl") from error
     except _unreachable() as error:
         raise DataError(_cannot(source, field, error)) from error
-    if not paths:
-        raise DataError(_not_found(source, field, url))
     for path in paths:
         if not path.endswith(SUFFIXES):
             raise DataError(f"{field}: must be files that end in {', '.join(SUFFIXES)}, got {path!r}")
@@ -65,14 +64,35 @@ def hub_url(source: str) -> str:
 
 def absolute(data: DataConfig) -> DataConfig:
     """The same sources with local paths in full, since workers stand elsewhere."""
-    local = {name: source for name in _NAMES if (source := getattr(data, name)) and "://" not in source and not is_hub(source)}
-    return data.model_copy(update={name: str(Path(source).absolute()) for name, source in local.items()})
+    local = {kind: source for kind, source in named(data).items() if "://" not in source and not is_hub(source)}
+    return data.model_copy(update={kind: str(Path(source).absolute()) for kind, source in local.items()})
+
+
+def named(data: DataConfig) -> dict[Kind, str]:
+    """The sources that a recipe names, by what they hold."""
+    sources: dict[Kind, str] = {"comparisons": data.comparisons, "demonstrations": data.demonstrations, "prompts": data.prompts}
+    return {kind: source for kind, source in sources.items() if source}
+
+
+def _matching(fs: Any, pattern: str) -> list[str]:
+    if not (paths := sorted(str(path) for path in fs.glob(pattern))):
+        raise FileNotFoundError(pattern)
+    return paths
+
+
+def _file(fs: Any, path: str) -> str:
+    if fs.info(path)["type"] == "directory":
+        raise IsADirectoryError(path)
+    return path
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
-    fs, root = url_to_fs(url if "://" in url else str(Path(url).absolute()))
+    try:
+        fs, root = url_to_fs(url if "://" in url else str(Path(url).absolute()))
+    except ValueError as error:  # a protocol that fsspec does not know
+        raise OSError(str(error)) from error
     return fs, root
 
 
