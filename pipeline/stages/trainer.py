@@ -10,8 +10,8 @@ Who does what: Ray Train places and starts the workers, makes their process grou
 when a process is lost, `cluster.max_rebuilds` times. What is not a process's fault is not tried again: the worker writes it down, and the driver
 stops the training. In the folder of an interrupted training, `fit` goes on.
 
-Consumes: the files in `signs.py`. Waits for: the controller, in the main thread (so that a signal ends the wait); a thread beside it watches for
-signs. Unblocked by: the end of the training, an error file, or `cluster.call_timeout_s` without anything new.
+Consumes: the files in `signs.py`. Waits for: the controller, in the main thread, where Ray Train hands it out; a thread beside it watches for signs.
+Unblocked by: the end of the training, an error file, a signal, or `cluster.call_timeout_s` without anything new.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from pipeline.observe.progress import Progress
 from pipeline.roles import place
 from pipeline.stages.loop import Course, Job, Standing, read_table
 from pipeline.stages.signs import START, Failure, Record, Signs
+from pipeline.stopping import Postponed
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -160,16 +161,19 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 def _watched(order: _Order, trainer: StoppableTrainer, config: ClusterConfig, signs: Signs, progress: Progress) -> dict[str, Any]:
     """What rank 0 returned. Whatever ends the wait, a signal included, ends the training."""
-    watch = _Watch(order.job, config, signs, progress, trainer.stop)
+    signals = Postponed()
+    watch = _Watch(order.job, config, signs, progress, signals, trainer.stop)
     try:
-        with watch:
+        with signals, watch:
             result: Result = trainer.fit()
     except Exception as error:
+        signals.deliver()
         if watch.verdict is not None:
             raise watch.verdict from error
         raise _explained(order.job, signs, error) from error
     finally:
         trainer.stop()
+    signals.deliver()
     found: dict[str, Any] | Failure = result.return_value
     if isinstance(found, Failure):
         raise found.error()
@@ -212,12 +216,13 @@ class _Watch:
     A thread of its own, since the main one waits. `verdict` is why it stopped the training, if it did.
     """
 
-    def __init__(self, job: Job, config: ClusterConfig, signs: Signs, progress: Progress, stop: Callable[[], None]) -> None:
+    def __init__(self, job: Job, config: ClusterConfig, signs: Signs, progress: Progress, signals: Postponed, stop: Callable[[], None]) -> None:
         self.verdict: Exception | None = None
         self._job = job
         self._config = config
         self._signs = signs
         self._progress = progress
+        self._signals = signals
         self._stop = stop
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"watch {job.name}", daemon=True)
@@ -235,12 +240,12 @@ class _Watch:
 
     def _run(self) -> None:
         try:
-            while self.verdict is None and not self._over.wait(_LOOK_S):
+            while self.verdict is None and not self._signals and not self._over.wait(_LOOK_S):
                 self.verdict = self._look()
             self._show()
         except Exception as error:  # noqa: BLE001 - raised where the training is waited for
             self.verdict = error
-        if self.verdict is not None:
+        while not self._over.wait(_LOOK_S):  # again and again: the controller may be about to start
             self._stop()
 
     def _look(self) -> RunError | None:
@@ -314,11 +319,12 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | Failure | None:
         signs.appear(rank)
         return _work(order, rank, ranks, signs)
     except Exception as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the disk may be what is full
+            traceback.print_exc()
         if classify(error).of_a_process:
             raise
         failure = Failure.of(error, who, signs.phase)
-        with contextlib.suppress(OSError):  # the disk may be what is full
+        with contextlib.suppress(OSError):
             signs.fail(rank, failure)
         return failure
 
