@@ -1,7 +1,7 @@
 """Supervised training on Ray Train: one `TorchTrainer`, whose workers each hold a rank of the project's learner.
 
     driver                     Ray Train's controller            workers
-    fit(job) ----------------> starts them, meets them     ----> loop.py, on every rank
+    fit(job) ----------------> starts them, meets them     ----> worker.py, loop.py, on every rank
       ^                        starts them again when one        |
       |                        is lost, keeps checkpoints <------+ report(checkpoint)
       +---- signs.py: metrics.jsonl, phase, errors <-------------+
@@ -22,10 +22,8 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,15 +32,14 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from cluster.faults import RunError, classify, last_lines
-from cluster.handshake import Fingerprint, compare, fingerprint
 from cluster.placement import Placement, RoleDemand
 from cluster.session import Session
-from cluster.spawn import settle
 from pipeline.config import RunConfig
 from pipeline.observe.progress import Progress
 from pipeline.roles import place
-from pipeline.stages.loop import Course, Job, Standing, read_table
-from pipeline.stages.signs import START, Failure, Record, Signs
+from pipeline.stages.loop import Job, Standing
+from pipeline.stages.signs import START, Failure, Signs
+from pipeline.stages.worker import LOADING, Order, work
 from pipeline.stopping import Postponed
 
 if TYPE_CHECKING:
@@ -54,7 +51,6 @@ log = logging.getLogger(__name__)
 
 _STORAGE = "checkpoints"
 _JOB = "job.txt"
-_LOADING = "load the model"
 _LOOK_S = 0.1  # between two looks at the signs
 
 
@@ -64,19 +60,6 @@ class Fitted:
 
     standing: Standing
     outcome: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Order:
-    """What a worker is told besides the job: where it is done, and with what."""
-
-    job: Job
-    folder: Path
-    log_dir: Path
-    fingerprint: Fingerprint
-    packages: tuple[str, ...]
-    threads: int
-    peer_timeout_s: float
 
 
 def fit(job: Job, config: RunConfig, session: Session, folder: Path, progress: Progress) -> Fitted:
@@ -90,7 +73,7 @@ def fit(job: Job, config: RunConfig, session: Session, folder: Path, progress: P
     signs.clear()
     placement = place(config, [RoleDemand(role=job.name, workers=job.learner.ranks, gpus=job.learner.gpus)])
     session.preflight(placement)
-    order = _Order(
+    order = Order(
         job=job,
         folder=folder,
         log_dir=session.log_dir.absolute(),
@@ -156,10 +139,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# ---- the driver ----
-
-
-def _watched(order: _Order, trainer: StoppableTrainer, config: ClusterConfig, signs: Signs, progress: Progress) -> dict[str, Any]:
+def _watched(order: Order, trainer: StoppableTrainer, config: ClusterConfig, signs: Signs, progress: Progress) -> dict[str, Any]:
     """What rank 0 returned. Whatever ends the wait, a signal included, ends the training."""
     signals = Postponed()
     watch = _Watch(order.job, config, signs, progress, signals, trainer.stop)
@@ -180,7 +160,7 @@ def _watched(order: _Order, trainer: StoppableTrainer, config: ClusterConfig, si
     return found
 
 
-def _trainer(order: _Order, placement: Placement, config: ClusterConfig, is_alone: bool) -> StoppableTrainer:
+def _trainer(order: Order, placement: Placement, config: ClusterConfig, is_alone: bool) -> StoppableTrainer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of third parties' imports
         from ray import train
@@ -257,7 +237,7 @@ class _Watch:
         if seen != self._seen:
             self._seen, self._at = seen, now
             return None
-        started = seen[0] not in (START, _LOADING)
+        started = seen[0] not in (START, LOADING)
         limit = self._config.call_timeout_s if started else self._config.place_timeout_s + self._config.ready_timeout_s
         if now - self._at <= limit:
             return None
@@ -296,83 +276,3 @@ def _explained(job: Job, signs: Signs, error: Exception) -> RunError:
             remedy = "Others use what it needs; wait for them, or raise cluster.place_timeout_s where an autoscaler has yet to add nodes."
             return RunError("cluster", "placement", f"no room for {job.learner.ranks} worker(s) of the {job.name} training", remedy)
     return RunError(job.name, phase, f"Ray Train gave up:\n{last_lines(cause)}\n")
-
-
-# ---- a worker ----
-
-
-def work(settings: dict[str, Any]) -> dict[str, Any] | Failure | None:
-    """What Ray Train calls on every rank.
-
-    Raises when a process is to blame, this one's peers included, so that Ray Train starts all of them again. Any other error is written down, which
-    makes the driver stop the training; it is also returned, in case it cannot be written.
-    """
-    from ray import train
-
-    order: _Order = settings["order"]
-    rank, ranks = train.get_context().get_world_rank(), train.get_context().get_world_size()
-    who = f"{order.job.name}[{rank}]"
-    settle(order.log_dir / f"{order.job.name}-{rank}.log", order.threads, order.job.learner.gpus)
-    signs = Signs(order.folder)
-    try:
-        compare(order.fingerprint, fingerprint(order.packages), who)
-        signs.appear(rank)
-        return _work(order, rank, ranks, signs)
-    except Exception as error:
-        with contextlib.suppress(OSError):  # the disk may be what is full
-            traceback.print_exc()
-        if classify(error).of_a_process:
-            raise
-        failure = Failure.of(error, who, signs.phase)
-        with contextlib.suppress(OSError):
-            signs.fail(rank, failure)
-        return failure
-
-
-def _work(order: _Order, rank: int, ranks: int, signs: Signs) -> dict[str, Any]:
-    from actors.learner import Learner
-
-    job = order.job
-    if rank == 0:
-        signs.enter(_LOADING)
-    learner = Learner(
-        role=job.role,
-        rank=rank,
-        ranks=ranks,
-        path=job.model,
-        config=job.learner,
-        temperature=1.0,
-        objective=job.objective,
-        total_updates=job.epochs * job.minibatches,
-        seed=job.seed,
-        timeout_s=order.peer_timeout_s,
-        reference=job.reference,
-    )
-    learner.connect()
-    standing = Course(job, learner, read_table(job.train), read_table(job.heldout), signs, _RayKeeper()).run()
-    outcome: dict[str, Any] = {}
-    if rank == 0 and job.finish is not None:
-        outcome = job.finish(job, standing, signs.enter)
-    return {"standing": standing.to_text(), "outcome": outcome}
-
-
-class _RayKeeper:
-    """Checkpoints through Ray Train, which gathers the files of all ranks in one folder of its storage."""
-
-    @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        from ray import train
-
-        checkpoint = train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
-
-    def keep(self, name: str, write: Callable[[Path], None], metrics: Record) -> None:
-        from ray import train
-
-        with tempfile.TemporaryDirectory(prefix="raylign-checkpoint-") as folder:
-            write(Path(folder))
-            train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
