@@ -139,6 +139,22 @@ class LearnerConfig(Config):
     """Global gradient norm above which the gradient is scaled down; 0 turns clipping off."""
 
 
+class TrainingConfig(LearnerConfig):
+    """A gang that trains a model on data that are given, before reinforcement learning."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up, down to zero at the last update."""
+
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of all updates over which the learning rate rises linearly from zero."""
+
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's decoupled weight decay."""
+
+
 class CriticConfig(LearnerConfig):
     """The gang that trains the value model."""
 

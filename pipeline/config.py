@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 from pydantic import Field, ValidationError
 
-from actors.config import CriticConfig, LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
+from actors.config import CriticConfig, LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig, TrainingConfig
 from cluster.config import ClusterConfig, Config
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.registry import AnyAlgorithm
@@ -61,7 +61,7 @@ class FinetuneConfig(Config):
     checkpoint_every: int = Field(default=100, ge=1)
     """Optimiser steps from one checkpoint to the next, and of one sign of progress, at most: what a lost worker costs."""
 
-    learner: LearnerConfig = LearnerConfig(learning_rate=1e-3, schedule="cosine", warmup_fraction=0.05, weight_decay=0.1)
+    learner: TrainingConfig = TrainingConfig(learning_rate=1e-3)
     """The gang that trains."""
 
 
@@ -86,10 +86,10 @@ class RewardModelConfig(Config):
     pairs: Literal["task", "sampled"] = "task"
     """Whose comparisons: the task's own, or of replies that the fine-tuned model samples, judged by the task's reward function (or reward.function)."""
 
-    samples: int = Field(default=4, ge=2)
+    samples: int = Field(default=8, ge=2)
     """Replies sampled to each prompt, with pairs = "sampled"; ranked all together."""
 
-    learner: LearnerConfig = LearnerConfig(learning_rate=1e-4, schedule="cosine", warmup_fraction=0.05)
+    learner: TrainingConfig = TrainingConfig()
     """The gang that trains."""
 
 

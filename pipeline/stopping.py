@@ -75,3 +75,36 @@ class StopRequest:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former = {}
+
+
+class Postponed:
+    """A context manager for a wait inside foreign code, which would make errors of its own of what a signal's handler raises: inside it the first SIGTERM or
+    SIGINT is only noted, and `deliver` hands it to the handler there was before. Without effect outside the main thread."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._former: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there was a signal: the wait is to be ended."""
+        return self.number > 0
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def deliver(self) -> None:
+        """Outside the block again: what the signal's handler does, which is mostly to raise; StopNow if it only takes note."""
+        if self:
+            former = self._former[self.number]
+            if callable(former):
+                former(self.number, None)
+            raise StopNow
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number

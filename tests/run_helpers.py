@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.config import CriticConfig, LearnerConfig, RolloutConfig, SamplingConfig
+from actors.config import CriticConfig, LearnerConfig, TrainingConfig, RolloutConfig, SamplingConfig
 from actors.experience import Experience
 from cluster.config import ClusterConfig
 from pipeline.algorithms.ppo import PPO
@@ -34,7 +34,7 @@ def recipe(**changes: Any) -> RunConfig:
         steps=STEPS,
         commit_every=2,
         model=ModelConfig(layers=2, width=32, heads=2, context=16),
-        finetune=FinetuneConfig(epochs=1, learner=LearnerConfig(learning_rate=3e-3, micro_batch_size=32)),
+        finetune=FinetuneConfig(epochs=1, learner=TrainingConfig(learning_rate=3e-3, micro_batch_size=32)),
         batch=BatchConfig(prompts=16, epochs=2, minibatches=2, max_prompt_tokens=1),
         algorithm=PPO(kl_coef=0.05, kl_target=0.01, kl_horizon=100, decoupled=True, importance_cap=2.0),
         shaping=ShapingConfig(missing_eos="add", eos_penalty=-0.25, overlong_tokens=4, overlong_penalty=0.25, whiten="scale"),

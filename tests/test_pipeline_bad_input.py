@@ -579,10 +579,10 @@ def fill(folder: Path) -> None:
 def test_a_disk_that_is_full_when_the_fine_tuned_model_is_written(
     user: Path, ray_session: Session, disk: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = disk("72k")
+    folder = disk("120k")  # the texts in tokens fit
     assert (user / "good" / "model.safetensors").stat().st_size > 60_000
     told = failure(recipe(user, **imitation()), folder / "run", capfd)
-    assert_told(told, "policy[0] failed during 'export': ... No space left on device")
+    assert_told(told, "sft[0] failed during 'export': ... No space left on device")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.config import CriticConfig, LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
+from actors.config import CriticConfig, LearnerConfig, TrainingConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
 from actors.experience import Experience
 from cluster.config import ClusterConfig
 from cluster.session import Session
@@ -45,7 +45,7 @@ def recipe(**changes: Any) -> RunConfig:
         task="walks",
         steps=2,
         model=ModelConfig(layers=2, width=32, heads=2, context=16),
-        finetune=FinetuneConfig(epochs=2, learner=LearnerConfig(learning_rate=3e-3, micro_batch_size=32)),
+        finetune=FinetuneConfig(epochs=2, learner=TrainingConfig(learning_rate=3e-3, micro_batch_size=32)),
         batch=BatchConfig(prompts=24, epochs=2, minibatches=2, max_prompt_tokens=1),
         algorithm=PPO(kl_coef=0.05),
         sampling=SamplingConfig(max_new_tokens=9),

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from pipeline.stopping import StopNow, Stopped, StopRequest
+from pipeline.stopping import Postponed, StopNow, Stopped, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -58,3 +58,23 @@ def test_outside_the_main_thread_it_only_stands_by() -> None:
 
 def test_it_says_where_the_run_stands() -> None:
     assert str(Stopped(signal.SIGTERM, 7, 40)) == "stopped by SIGTERM after step 7 of 40, which is committed"
+
+
+def test_a_postponed_signal_reaches_its_handler_once_it_is_delivered() -> None:
+    with Postponed() as signals:
+        assert not signals
+        signal.raise_signal(signal.SIGINT)
+        assert signals
+    with pytest.raises(KeyboardInterrupt):
+        signals.deliver()
+    Postponed().deliver()
+
+
+def test_a_postponed_signal_that_a_stop_request_takes_note_of_ends_the_wait() -> None:
+    with StopRequest() as stop:
+        with Postponed() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            assert not stop
+        with pytest.raises(StopNow):
+            signals.deliver()
+        assert stop.number == signal.SIGTERM

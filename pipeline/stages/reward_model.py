@@ -84,6 +84,7 @@ def train_reward_model(
     """
     from actors.reward_model import Preference
 
+    assert comparisons is not None or config.reward_model.pairs == "task", "sampled comparisons are given"
     progress.stage("tokenise comparisons", 1)
     folder = run_dir / MODEL
     model = str((run_dir / "finetuned").absolute()) if config.finetune.epochs else config.model.path

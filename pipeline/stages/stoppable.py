@@ -1,7 +1,7 @@
 """A `TorchTrainer` that can be stopped, and that starts no more processes than it needs. The only file that touches Ray Train's private parts (of Ray
 2.60): two hooks of the trainer, and three of the policy that says how many workers there are.
 
-On the machine that this was measured on, a training of one worker starts in 3 processes instead of 6, and without waiting for any of the others.
+On the machine that this was measured on, a training of one worker starts in 3 processes instead of 7, and without waiting for any of the others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
@@ -44,8 +45,9 @@ class StoppableTrainer(TorchTrainer):
         self._controller = controller
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without the cleaner of placement groups, a process that outlives the controller should that die; `stop` or the run's end give them back."""
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
+        """Without two that start a process each: one deals out Ray Data's data sets, of which there are none; one outlives the controller to remove its
+        placement group should that die, which `stop` or the run's end does."""
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, (DatasetsCallback, PlacementGroupCleanerCallback))]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self._is_alone:

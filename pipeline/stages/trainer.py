@@ -1,7 +1,7 @@
 """Supervised training on Ray Train: one `TorchTrainer`, whose workers each hold a rank of the project's learner.
 
     driver                     Ray Train's controller            workers
-    fit(job) ----------------> starts them, meets them     ----> loop.py, on every rank
+    fit(job) ----------------> starts them, meets them     ----> worker.py, loop.py, on every rank
       ^                        starts them again when one        |
       |                        is lost, keeps checkpoints <------+ report(checkpoint)
       +---- signs.py: metrics.jsonl, phase, errors <-------------+
@@ -10,8 +10,8 @@ Who does what: Ray Train places and starts the workers, makes their process grou
 when a process is lost, `cluster.max_rebuilds` times. What is not a process's fault is not tried again: the worker writes it down, and the driver
 stops the training. In the folder of an interrupted training, `fit` goes on.
 
-Consumes: the files in `signs.py`. Waits for: the controller, in the main thread (so that a signal ends the wait); a thread beside it watches for
-signs. Unblocked by: the end of the training, an error file, or `cluster.call_timeout_s` without anything new.
+Consumes: the files in `signs.py`. Waits for: the controller, in the main thread, where Ray Train hands it out; a thread beside it watches for signs.
+Unblocked by: the end of the training, an error file, a signal, or `cluster.call_timeout_s` without anything new.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,15 +32,15 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from cluster.faults import RunError, classify, last_lines
-from cluster.handshake import Fingerprint, compare, fingerprint
 from cluster.placement import Placement, RoleDemand
 from cluster.session import Session
-from cluster.spawn import settle
 from pipeline.config import RunConfig
 from pipeline.observe.progress import Progress
 from pipeline.roles import place
-from pipeline.stages.loop import Course, Job, Standing, read_table
-from pipeline.stages.signs import START, Failure, Record, Signs
+from pipeline.stages.loop import Job, Standing
+from pipeline.stages.signs import START, Failure, Signs
+from pipeline.stages.worker import LOADING, Order, work
+from pipeline.stopping import Postponed
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -53,7 +51,6 @@ log = logging.getLogger(__name__)
 
 _STORAGE = "checkpoints"
 _JOB = "job.txt"
-_LOADING = "load the model"
 _LOOK_S = 0.1  # between two looks at the signs
 
 
@@ -63,19 +60,6 @@ class Fitted:
 
     standing: Standing
     outcome: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Order:
-    """What a worker is told besides the job: where it is done, and with what."""
-
-    job: Job
-    folder: Path
-    log_dir: Path
-    fingerprint: Fingerprint
-    packages: tuple[str, ...]
-    threads: int
-    peer_timeout_s: float
 
 
 def fit(job: Job, config: RunConfig, session: Session, folder: Path, progress: Progress) -> Fitted:
@@ -89,7 +73,7 @@ def fit(job: Job, config: RunConfig, session: Session, folder: Path, progress: P
     signs.clear()
     placement = place(config, [RoleDemand(role=job.name, workers=job.learner.ranks, gpus=job.learner.gpus)])
     session.preflight(placement)
-    order = _Order(
+    order = Order(
         job=job,
         folder=folder,
         log_dir=session.log_dir.absolute(),
@@ -155,28 +139,28 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# ---- the driver ----
-
-
-def _watched(order: _Order, trainer: StoppableTrainer, config: ClusterConfig, signs: Signs, progress: Progress) -> dict[str, Any]:
+def _watched(order: Order, trainer: StoppableTrainer, config: ClusterConfig, signs: Signs, progress: Progress) -> dict[str, Any]:
     """What rank 0 returned. Whatever ends the wait, a signal included, ends the training."""
-    watch = _Watch(order.job, config, signs, progress, trainer.stop)
+    signals = Postponed()
+    watch = _Watch(order.job, config, signs, progress, signals, trainer.stop)
     try:
-        with watch:
+        with signals, watch:
             result: Result = trainer.fit()
     except Exception as error:
+        signals.deliver()
         if watch.verdict is not None:
             raise watch.verdict from error
         raise _explained(order.job, signs, error) from error
     finally:
         trainer.stop()
+    signals.deliver()
     found: dict[str, Any] | Failure = result.return_value
     if isinstance(found, Failure):
         raise found.error()
     return found
 
 
-def _trainer(order: _Order, placement: Placement, config: ClusterConfig, is_alone: bool) -> StoppableTrainer:
+def _trainer(order: Order, placement: Placement, config: ClusterConfig, is_alone: bool) -> StoppableTrainer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of third parties' imports
         from ray import train
@@ -212,12 +196,13 @@ class _Watch:
     A thread of its own, since the main one waits. `verdict` is why it stopped the training, if it did.
     """
 
-    def __init__(self, job: Job, config: ClusterConfig, signs: Signs, progress: Progress, stop: Callable[[], None]) -> None:
+    def __init__(self, job: Job, config: ClusterConfig, signs: Signs, progress: Progress, signals: Postponed, stop: Callable[[], None]) -> None:
         self.verdict: Exception | None = None
         self._job = job
         self._config = config
         self._signs = signs
         self._progress = progress
+        self._signals = signals
         self._stop = stop
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"watch {job.name}", daemon=True)
@@ -235,12 +220,12 @@ class _Watch:
 
     def _run(self) -> None:
         try:
-            while self.verdict is None and not self._over.wait(_LOOK_S):
+            while self.verdict is None and not self._signals and not self._over.wait(_LOOK_S):
                 self.verdict = self._look()
             self._show()
         except Exception as error:  # noqa: BLE001 - raised where the training is waited for
             self.verdict = error
-        if self.verdict is not None:
+        while not self._over.wait(_LOOK_S):  # again and again: the controller may be about to start
             self._stop()
 
     def _look(self) -> RunError | None:
@@ -252,7 +237,7 @@ class _Watch:
         if seen != self._seen:
             self._seen, self._at = seen, now
             return None
-        started = seen[0] not in (START, _LOADING)
+        started = seen[0] not in (START, LOADING)
         limit = self._config.call_timeout_s if started else self._config.place_timeout_s + self._config.ready_timeout_s
         if now - self._at <= limit:
             return None
@@ -291,82 +276,3 @@ def _explained(job: Job, signs: Signs, error: Exception) -> RunError:
             remedy = "Others use what it needs; wait for them, or raise cluster.place_timeout_s where an autoscaler has yet to add nodes."
             return RunError("cluster", "placement", f"no room for {job.learner.ranks} worker(s) of the {job.name} training", remedy)
     return RunError(job.name, phase, f"Ray Train gave up:\n{last_lines(cause)}\n")
-
-
-# ---- a worker ----
-
-
-def work(settings: dict[str, Any]) -> dict[str, Any] | Failure | None:
-    """What Ray Train calls on every rank.
-
-    Raises when a process is to blame, this one's peers included, so that Ray Train starts all of them again. Any other error is written down, which
-    makes the driver stop the training; it is also returned, in case it cannot be written.
-    """
-    from ray import train
-
-    order: _Order = settings["order"]
-    rank, ranks = train.get_context().get_world_rank(), train.get_context().get_world_size()
-    who = f"{order.job.name}[{rank}]"
-    settle(order.log_dir / f"{order.job.name}-{rank}.log", order.threads, order.job.learner.gpus)
-    signs = Signs(order.folder)
-    try:
-        compare(order.fingerprint, fingerprint(order.packages), who)
-        signs.appear(rank)
-        return _work(order, rank, ranks, signs)
-    except Exception as error:
-        traceback.print_exc()
-        if classify(error).of_a_process:
-            raise
-        failure = Failure.of(error, who, signs.phase)
-        with contextlib.suppress(OSError):  # the disk may be what is full
-            signs.fail(rank, failure)
-        return failure
-
-
-def _work(order: _Order, rank: int, ranks: int, signs: Signs) -> dict[str, Any]:
-    from actors.learner import Learner
-
-    job = order.job
-    if rank == 0:
-        signs.enter(_LOADING)
-    learner = Learner(
-        role=job.role,
-        rank=rank,
-        ranks=ranks,
-        path=job.model,
-        config=job.learner,
-        temperature=1.0,
-        objective=job.objective,
-        total_updates=job.epochs * job.minibatches,
-        seed=job.seed,
-        timeout_s=order.peer_timeout_s,
-        reference=job.reference,
-    )
-    learner.connect()
-    standing = Course(job, learner, read_table(job.train), read_table(job.heldout), signs, _RayKeeper()).run()
-    outcome: dict[str, Any] = {}
-    if rank == 0 and job.finish is not None:
-        outcome = job.finish(job, standing, signs.enter)
-    return {"standing": standing.to_text(), "outcome": outcome}
-
-
-class _RayKeeper:
-    """Checkpoints through Ray Train, which gathers the files of all ranks in one folder of its storage."""
-
-    @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        from ray import train
-
-        checkpoint = train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
-
-    def keep(self, name: str, write: Callable[[Path], None], metrics: Record) -> None:
-        from ray import train
-
-        with tempfile.TemporaryDirectory(prefix="raylign-checkpoint-") as folder:
-            write(Path(folder))
-            train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
