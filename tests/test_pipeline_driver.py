@@ -80,7 +80,7 @@ def test_a_dead_rollout_worker_is_replaced_and_nothing_changes(ray_session: Sess
 
 @pytest.mark.slow
 def test_a_hanging_reward_worker_is_expired_and_replaced(ray_session: Session, tmp_path: Path) -> None:
-    with fake_driver(ray_session, config(call_timeout_s=5), tmp_path, hang_at=str(tmp_path / "hung")) as driver:
+    with fake_driver(ray_session, config(call_timeout_s=10), tmp_path, hang_at=str(tmp_path / "hung")) as driver:
         driver.run(tmp_path / "policy")
         assert driver.roles.reward.replaced == 1
     assert trained(tmp_path) == list(range(36))
