@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from actors.config import Dtype, LearnerConfig
 from cluster.placement import usable_cores
+from pipeline.chain import stages_of
 from pipeline.config import RunConfig, check
 from pipeline.roles import demands, place
 from pipeline.tasks.task import task_of
@@ -54,8 +56,21 @@ def show(config: RunConfig, console: Console) -> None:
         lines.append(f"a commit every {config.commit_every} steps, at most {disk:,.0f} MB; {config.keep_commits} are kept, and one more while it is written")
     else:
         lines.append(f"model {config.model.path}: not on this machine (a run would fetch it), so its size is not known")
-    for line in (*lines, _arithmetic(config)):
+    for line in (f"stages: {', '.join(stages_of(config))}", *_needs(config), *lines, _arithmetic(config)):
         console.print(Text(line), soft_wrap=True)
+
+
+def _needs(config: RunConfig) -> list[str]:
+    """What a run would have to fetch, a line each."""
+    hub = "from the Hugging Face hub, or its folder by"
+    named = [f"model {path!r} {hub} {key}" for key, path in (("model.path", config.model.path), ("reward.model", config.reward.model)) if _is_remote(path)]
+    sources = {f"data.{name}": getattr(config.data, name) for name in ("comparisons", "demonstrations", "prompts")}
+    named += [f"data {source!r}, or local files by {key}" for key, source in sources.items() if _is_remote(source)]
+    return [f"needs {what}" for what in named]
+
+
+def _is_remote(name: str) -> bool:
+    return bool(name) and not Path(name).exists()
 
 
 def _arithmetic(config: RunConfig) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.config import CriticConfig, LearnerConfig, TrainingConfig, RolloutConfig, SamplingConfig
+from actors.config import CriticConfig, LearnerConfig, RolloutConfig, SamplingConfig, TrainingConfig
 from actors.experience import Experience
 from cluster.config import ClusterConfig
 from pipeline.algorithms.ppo import PPO

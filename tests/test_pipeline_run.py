@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.config import CriticConfig, LearnerConfig, TrainingConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
+from actors.config import CriticConfig, LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig, TrainingConfig
 from actors.experience import Experience
 from cluster.config import ClusterConfig
 from cluster.session import Session

@@ -24,7 +24,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from actors.config import LearnerConfig, SamplingConfig
+from actors.config import SamplingConfig, TrainingConfig
 from actors.reward import ClassifierReward
 from cluster.config import ClusterConfig
 from cluster.faults import RunError
@@ -47,7 +47,7 @@ PACKAGES = ("cluster", "actors", "pipeline")
 
 def recipe(**finetuning: Any) -> RunConfig:
     """A thousand walks, 16 updates an epoch, two parts an epoch."""
-    learner = finetuning.pop("learner", LearnerConfig(learning_rate=3e-3, micro_batch_size=32))
+    learner = finetuning.pop("learner", TrainingConfig(learning_rate=3e-3, micro_batch_size=32))
     return RunConfig(
         task="walks",
         steps=1,
@@ -165,7 +165,7 @@ def test_two_workers_of_which_one_is_killed_learn_the_same(whole: Path, tmp_path
     """ZeRO 2 on two ranks against one process: losses and norms within the accuracy of float32 sums."""
     folder = tmp_path / "sft"
     with when(folder, 2, lambda: kill(folder, 1)):
-        tuned(tmp_path, recipe(learner=LearnerConfig(learning_rate=3e-3, micro_batch_size=20, ranks=2, zero_stage=2)))
+        tuned(tmp_path, recipe(learner=TrainingConfig(learning_rate=3e-3, micro_batch_size=20, ranks=2, zero_stage=2)))
     for one, two in zip(curve(whole / "sft"), curve(folder), strict=True):
         for name in one.keys() - {"seconds", "text"}:
             assert two[name] == pytest.approx(one[name], rel=1e-3), name
@@ -186,7 +186,7 @@ class Preferring(RandomWalks):
 
 def preferring(whole: Path, **training: Any) -> RunConfig:
     """A reward model from the fine-tuned walker, five parts an epoch."""
-    learner = training.pop("learner", LearnerConfig(learning_rate=3e-3, micro_batch_size=32))
+    learner = training.pop("learner", TrainingConfig(learning_rate=3e-3, micro_batch_size=32))
     config = recipe().model_copy(update={"task": f"{__name__}:Preferring", "model": ModelConfig(path=str(whole / "finetuned"))})
     chosen = RewardModelConfig(**{"epochs": 2, "batch_size": 24, "checkpoint_every": 4, "learner": learner} | training)
     return config.model_copy(update={"finetune": FinetuneConfig(epochs=0), "reward_model": chosen})
@@ -233,7 +233,7 @@ def test_a_reward_models_killed_worker_changes_no_bit(judge: tuple[Path, Judged,
 
 @pytest.mark.slow
 def test_a_reward_model_learns_the_same_on_two_workers(judge: tuple[Path, Judged, str], whole: Path, tmp_path: Path) -> None:
-    judged(tmp_path, preferring(whole, learner=LearnerConfig(learning_rate=3e-3, micro_batch_size=7, ranks=2, zero_stage=2)))
+    judged(tmp_path, preferring(whole, learner=TrainingConfig(learning_rate=3e-3, micro_batch_size=7, ranks=2, zero_stage=2)))
     for one, two in zip(curve(judge[0] / "reward"), curve(tmp_path / "reward"), strict=True):
         for name in one.keys() - {"seconds", "text"}:
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
@@ -258,7 +258,7 @@ def job(tmp_path: Path, **changes: Any) -> Job:
     """10 rows, 4 of an update: 3 updates an epoch, 2 of a part."""
     made = Job(
         name="sft", title="fine-tune", section="finetune", role="policy", model="", train=tmp_path / "train", heldout=tmp_path / "heldout", rows=10,
-        best=tmp_path / "best", learner=LearnerConfig(), objective=Imitation(), measure=Perplexity(), epochs=3, early_stop=True, batch=4,
+        best=tmp_path / "best", learner=TrainingConfig(), objective=Imitation(), measure=Perplexity(), epochs=3, early_stop=True, batch=4,
         checkpoint_every=2, seed=0,
     )  # fmt: skip
     return replace(made, **changes)
