@@ -171,7 +171,8 @@ class Course:
             self._signs.restart(())
         before = self._measured("measure", "Check the weights it begins from.")
         scale = self._export()  # a model that training cannot improve is kept as it is
-        return Standing(before=before, best=before, scale=scale)
+        best = before if self.job.role == "policy" else replace(before, loss=MAX_LOSS)  # but a head that has learned nothing is no judge
+        return Standing(before=before, best=best, scale=scale)
 
     def _part(self, standing: Standing) -> Standing:
         """As many updates as make a part; at the end of an epoch, also what follows from its held-out loss."""
