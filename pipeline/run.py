@@ -101,6 +101,11 @@ def run_stages(config: RunConfig, run_dir: Path, console: Console, until: StageN
     data = fingerprints(config, task)
     with RunFolder.take(run_dir) as folder:
         chain = Chain(config, folder.path, data, until=until)
+        if chain.is_finished:
+            _say(console, f"nothing is left to do: {', '.join(chain.stages)} are done; everything is in {run_dir}")
+            return Result(
+                run_dir=run_dir, stages={stage: done.result for stage in chain.stages if (done := chain.finished(stage))}, evaluation=None, seconds=0.0
+            )
         commit = None if chain.changed("rl") else _newest(folder, config, console)
         folder.begin(config, from_step=commit.state.step if commit else 0, until=until)
         save(config, run_dir / "config.toml")

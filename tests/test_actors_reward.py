@@ -142,7 +142,7 @@ def test_function_gets_prompt_text_and_metadata(worker: Callable[..., RewardWork
 
 def test_special_tokens_stay_in_the_prompt_and_leave_the_response(worker: Callable[..., RewardWorker]) -> None:
     actor = worker("length")
-    prompts, responses = actor._texts(rollouts(actor, [("<|endoftext|>ask", " é!")]))
+    prompts, responses = actor.texts(rollouts(actor, [("<|endoftext|>ask", " é!")]))
     assert (prompts, responses) == (["<|endoftext|>ask"], [" é!"])
 
 
@@ -158,7 +158,7 @@ def test_only_action_tokens_after_the_first_are_the_response(worker: Callable[..
     actor = worker("length")
     table = rollouts(actor, [("p", "axb")])
     masked = Rollouts.of({**table.to_pydict(), "action_mask": [[False, True, False, True, True]]})
-    assert actor._texts(masked.table) == (["p"], ["ab"])
+    assert actor.texts(masked.table) == (["p"], ["ab"])
 
 
 @pytest.mark.parametrize(

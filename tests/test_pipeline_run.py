@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.config import CriticConfig, LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig, TrainingConfig
 from actors.experience import Experience
@@ -25,7 +25,7 @@ from pipeline.algorithms.ppo import PPO
 from pipeline.cli import main
 from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
 from pipeline.run import Result, run_stages
-from run_helpers import both
+from run_helpers import await_log, both, command, environment
 
 pytestmark = pytest.mark.slow  # they share a run that takes half a minute
 
@@ -173,11 +173,26 @@ def test_bfloat16_throughout(walker: Path, tmp_path: Path) -> None:
         assert 0 < m["policy/logprob_gap_max"] < 0.5, "sampler and learner differ by bfloat16's rounding, and that is reported"
 
 
-def test_a_run_folder_in_use_is_refused_and_left_alone(walker: Path) -> None:
-    before = (walker / "metrics.jsonl").read_bytes()
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
     with pytest.raises(ValueError, match="--run-dir: must be new or empty, or the folder of a run"):
-        run(recipe(), walker)
-    assert (walker / "metrics.jsonl").read_bytes() == before
+        run(recipe(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_in_the_folder_of_a_run_only_what_has_changed_is_done_again(walker: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(walker, again)
+    history = (again / "history.json").read_bytes()
+    assert list(run(recipe(), again).stages) == ["sft", "rl", "evaluate"], "it is all there"
+    assert (again / "history.json").read_bytes() == history, "so nothing was started"
+    written = {path: path.stat().st_mtime_ns for name in ("finetuned", "policy", "checkpoints") for path in (again / name).rglob("*")}
+    result = run(recipe(evaluation=EvaluationConfig(prompts=5)), again)
+    assert result.evaluation is not None
+    assert len(result.evaluation.replies) == 5
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert [path.name for path in (again / "superseded").iterdir()] == ["001-evaluate"]
+    assert (again / "superseded" / "001-evaluate" / "evaluation.json").read_bytes() == (walker / "evaluation.json").read_bytes()
 
 
 def test_evaluation_asks_every_heldout_prompt_once(walker: Path) -> None:
@@ -199,23 +214,41 @@ def test_ppo_learns_to_walk(ray_session: Session, tmp_path: Path) -> None:
     assert result.evaluation.optimised.policy.mean > 0.75
 
 
-def test_the_quickstart_command_from_end_to_end(tmp_path: Path) -> None:
-    """The real entry point with the real data, a minute shorter than a user's."""
-    small = ["--steps", "2", "--finetune.epochs", "1", "--batch.prompts", "16", "--evaluation.prompts", "12", "--model.width", "32"]
-    command = [sys.executable, "-m", "pipeline", "quickstart", *small, "--run-dir", str(tmp_path / "run")]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=without_ray())
-    assert out.returncode == 0, out.stderr[-3000:]
-    assert out.stderr == "", "nothing of Ray's or DeepSpeed's reaches the terminal"
-    for said in ("fine-tune 1/1", "reinforce 2/2", "12 held-out prompts", "95 % interval", "KL to the baseline", "distinct-2", "saved in", "try next"):
-        assert said in out.stdout, said
-    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "policy").eos_token == "<|endoftext|>"
+def test_the_whole_chain_by_the_command_line_killed_on_the_way(tmp_path: Path) -> None:
+    """The real entry point with the real data, minutes shorter than a user's: killed while the reward model trains, resumed to the end."""
+    run_dir, pipe = tmp_path / "run", subprocess.PIPE
+    small = ["--steps", "2", "--finetune.epochs", "1", "--batch.prompts", "16", "--evaluation.prompts", "12", "--model.width", "32", "--critic.start", "reward"]
+    start = [*command("quickstart"), *small, "--reward-model.epochs", "1", "--reward-model.checkpoint-every", "5", "--run-dir", str(run_dir)]
+    with subprocess.Popen(start, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        await_log(run_dir, "reward-model[0] ready", process, timeout_s=200)
+        process.kill()
+        out, _ = process.communicate(timeout=60)
+    assert "fine-tune 1/1" in out
+    assert "machine-made comparisons: of the replies sampled to 455 prompts, pipeline.tasks.smalltalk:sentiment says which is better" in out
+    said = subprocess.run(command("resume", str(run_dir)), capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment())
+    assert said.returncode == 0, said.stderr[-3000:]
+    assert said.stderr == "", "nothing of Ray's or DeepSpeed's reaches the terminal"
+    assert "fine-tune" not in said.stdout, "that was done"
+    for line in ("reward model: right on", "reinforce 2/2", "12 held-out prompts", "win rate by the rule", "best-of-", "saved in", "try next"):
+        assert line in said.stdout, line
+    assert AutoTokenizer.from_pretrained(run_dir / "policy").eos_token == "<|endoftext|>"
+    assert AutoModelForSequenceClassification.from_pretrained(run_dir / "reward-model").config.num_labels == 1
+    report = (run_dir / "report.md").read_text()
+    assert "comparisons that are machine-made" in report
+    assert {path.stem for path in (run_dir / "stages").iterdir()} == {"sft", "reward", "rl", "evaluate"}
 
 
 def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
     short = Path(tempfile.mkdtemp(prefix="st-", dir="/tmp"))  # sockets lie in it, and their names must be short
-    command = [sys.executable, "-m", "pipeline", "train", "walks", "--run-dir", str(tmp_path / "run")]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, env=without_ray() | {"RAY_TMPDIR": str(short)}, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command("run", "walks", "--run-dir", str(tmp_path / "run")),
+        cwd=ROOT,
+        env=without_ray() | {"RAY_TMPDIR": str(short)},
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         assert "fine-tune" in process.stdout.readline()
         process.terminate()
