@@ -172,7 +172,7 @@ def test_sigterm_then_kill_9_then_the_end_by_the_command_line(whole: Path, tmp_p
     """N steps and N more are all at once: `train` is asked to stop, `resume` is killed, `resume` finishes: the same bits, and at no time a traceback."""
     run_dir, pipe = tmp_path / "run", subprocess.PIPE
     from_there = ("--model.path", str(whole / "finetuned"), "--finetune.epochs", "0")
-    start = command("train", str(whole / "config.toml"), "--commit-every", "1", *from_there, "--run-dir", str(run_dir))
+    start = command("run", str(whole / "config.toml"), "--commit-every", "1", *from_there, "--run-dir", str(run_dir))
     with subprocess.Popen(start, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
         await_log(run_dir, "committed step=00000001", process)
         process.terminate()

@@ -39,7 +39,7 @@ def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
 def whole(place: Path) -> Path:
     """The run that nothing happened to."""
     (place / "recipe.toml").write_text(tomli_w.dumps(recipe(steps=STEPS, commit_every=3).model_dump(mode="json")))
-    process = start(place, "train", str(place / "recipe.toml"), "--run-dir", str(place / "whole"))
+    process = start(place, "run", str(place / "recipe.toml"), "--run-dir", str(place / "whole"))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return place / "whole"
@@ -68,7 +68,7 @@ def kill_after(process: subprocess.Popen[str], run_dir: Path, steps: int, second
 @pytest.mark.parametrize("life", range(LIVES))
 def test_kill_9_of_the_driver_and_resume(place: Path, whole: Path, life: int) -> None:
     dice, run_dir = random.Random(life), place / f"life-{life}"
-    process = start(place, "train", str(place / "recipe.toml"), "--run-dir", str(run_dir))
+    process = start(place, "run", str(place / "recipe.toml"), "--run-dir", str(run_dir))
     while not (run_dir / "history.json").is_file():
         time.sleep(0.05)
     kill_after(process, run_dir, 0, dice.uniform(0, 15))

@@ -46,7 +46,7 @@ def settings(**changes: Any) -> str:
 
 def start(place: Path, run_dir: Path) -> subprocess.Popen[str]:
     surroundings = environment() | {"RAY_TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
-    arguments = command("train", str(place / "recipe.toml"), "--run-dir", str(run_dir))
+    arguments = command("run", str(place / "recipe.toml"), "--run-dir", str(run_dir))
     return subprocess.Popen(arguments, cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
