@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ settings.register_profile(QUICK, max_examples=30)
 
 ACTORS = "tests/test_actors_"  # the files whose tests share a pair of gloo ranks and need no Ray
 LONGEST = ("test_pipeline_resume", "test_pipeline_run", "test_pipeline_job", "test_pipeline_driver", "test_pipeline_bad_input")
+
+
+def pytest_configure() -> None:
+    """A worker of pytest-xdist ignores Ctrl-C; tests that send one to themselves expect what Python does with it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from actors.config import LearnerConfig, RewardConfig, RolloutConfig, SamplingConfig
+from actors.config import LearnerConfig, RewardConfig, RolloutConfig, SamplingConfig, TrainingConfig
 from cluster.config import ClusterConfig
 from cluster.faults import RunError
 from cluster.session import Session
@@ -277,7 +277,10 @@ NEXT: dict[str, Row] = {
         f"{OLD} good --reward.model foreign --critic.start reward",
         "critic.start: must have the words of the policy, ... good', got ... foreign' with others; choose a model that was trained from the same one",
     ),
-    "a judge of two minds": (f"{NEW} --reward.model two", "reward.model: must have one output, got 2 labels in ... two'; train it with num_labels=1"),
+    "a judge of two minds": (
+        f"{NEW} --reward.model two",
+        "reward.model: must have one output, got 2 labels in ... two' (0 LABEL_0, 1 LABEL_1); choose one by reward.label",
+    ),
 }
 
 
@@ -455,12 +458,12 @@ def recipe(user: Path, **changes: Any) -> RunConfig:
     return config.model_copy(update=changes)
 
 
-def diverging() -> LearnerConfig:
-    return LearnerConfig(learning_rate=1e30, max_grad_norm=0)
+def diverging() -> TrainingConfig:
+    return TrainingConfig(learning_rate=1e30, max_grad_norm=0)
 
 
-def imitation(learner: LearnerConfig | None = None) -> dict[str, Any]:
-    return {"finetune": FinetuneConfig(epochs=1, learner=learner or LearnerConfig(learning_rate=1e-3, micro_batch_size=64))}
+def imitation(learner: TrainingConfig | None = None) -> dict[str, Any]:
+    return {"finetune": FinetuneConfig(epochs=1, learner=learner or TrainingConfig(learning_rate=1e-3, micro_batch_size=64))}
 
 
 WALKER = {"model": ModelConfig(layers=1, width=16, heads=2, context=16)}

@@ -300,12 +300,7 @@ RULES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     ),
     "two reward models": (
         {"reward_model": {"epochs": 1}, "reward": {"model": "judge"}},
-        "reward.model: must be left out when reward_model.epochs is at least 1, got 'judge'; the reward is the model that is trained",
-    ),
-    "a reward model and a function": (
-        {"reward_model": {"epochs": 1}, "reward": {"function": "mine:reward"}},
-        "reward.function: must be left out when a reward model is trained on the task's comparisons, got 'mine:reward'; "
-        'the reward is the model that is trained; or set reward_model.pairs = "sampled", for the function to say which sampled reply is better',
+        "reward.model: must be left out when reward_model.epochs is 1, got 'judge'; a run has one reward model",
     ),
 }
 

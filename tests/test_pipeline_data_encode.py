@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -163,6 +165,13 @@ def no_ray_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "_on_ray_data", refuse)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_ray_data_however_small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "HERE_BYTES", 0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, ray_session: Session) -> tuple[Any, Path, dict[str, Encoded], str]:
     """A task, its cache, both tables of its training split, made in several blocks, and what was printed meanwhile (on file descriptors, too)."""
@@ -223,6 +232,17 @@ def test_what_is_in_the_cache_is_not_tokenised_again(encoded: tuple[Any, Path, d
             encode_pairs(task.comparisons(split), str(tiny_model), context, cache, shorter=task.shorter, shortens=shortens)
     with pytest.raises(AssertionError, match="Ray Data was asked"):
         encode_pairs(pairs_again[::-1], str(tiny_model), 64, cache, shorter=task.shorter)
+
+
+@pytest.mark.slow
+def test_what_is_small_is_tokenised_here_and_comes_out_the_same(
+    encoded: tuple[Any, Path, dict[str, Encoded], str], tiny_model: Path, no_ray_data: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    task, _, found, _ = encoded
+    monkeypatch.setattr(encode, "HERE_BYTES", 1_000_000)
+    here = encode_comparisons(task, "train", str(tiny_model), 64, tmp_path)
+    assert replace(here, path=found["comparisons"].path) == found["comparisons"]
+    assert pq.read_table(here.path).equals(pq.read_table(found["comparisons"].path))
 
 
 @pytest.mark.slow

@@ -459,7 +459,10 @@ def recipe(**sections: Any) -> RunConfig:
     [
         ({}, "data: must name at least one source when task is files, got none"),
         ({"task": "walks", "data": {"heldout": 0.2}}, "data: must be left out unless task is files, got settings for task 'walks'"),
-        ({"data": {"comparisons": "a"}, "reward": {}}, "reward: must have a function or a model when task is files, got neither"),
+        (
+            {"data": {"comparisons": "a"}, "reward": {}},
+            "reward: must have a function or a model when task is files, or [reward_model] epochs to train one, got none",
+        ),
         ({"data": {"prompts": "a"}, "finetune": {"epochs": 1}}, "data.demonstrations: must be given to fine-tune, got prompts alone"),
         (
             {"data": {"comparisons": "a", "format": "messages", "template": {"kind": "plain"}}},

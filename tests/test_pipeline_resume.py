@@ -118,7 +118,7 @@ def test_it_goes_on_with_other_ranks_and_stages_where_that_is_allowed(whole: Pat
 def test_a_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (whole / "history.json").read_bytes()
     assert main(["resume", str(whole)]) == 0
-    assert "this run is finished: 4 steps; the aligned model is" in capsys.readouterr().out.replace("\n", " ")
+    assert "this run is finished: sft, rl, evaluate; everything is in" in capsys.readouterr().out.replace("\n", " ")
     assert (whole / "history.json").read_bytes() == before
 
 

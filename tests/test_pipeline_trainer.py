@@ -142,7 +142,7 @@ def test_the_perplexity_is_that_of_the_saved_model(whole: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(whole / "finetuned")
     losses = []
-    for row in pq.read_table(min((whole / "cache").glob("*.parquet"), key=rows_of)).to_pylist():
+    for row in pq.read_table(min((whole.parent / "cache").glob("*.parquet"), key=rows_of)).to_pylist():
         tokens = torch.tensor([row["tokens"]])
         with torch.no_grad():
             logprobs = torch.log_softmax(model(tokens).logits[0, :-1], -1).gather(-1, tokens[0, 1:, None])[:, 0]
@@ -222,7 +222,7 @@ def test_a_reward_model_is_judged_as_reinforcement_learning_will_read_it(judge: 
     assert found.loss < found.loss_before
     assert Judged.from_text((run_dir / RECORD).read_text(), run_dir / "reward-model") == found
     assert "reward model: right on" in said
-    texts = pq.read_table(run_dir / "cache" / "heldout-comparisons.parquet").to_pylist()
+    texts = pq.read_table(run_dir / "heldout-comparisons.parquet").to_pylist()
     reward = ClassifierReward(str(run_dir / "reward-model"))
     better, worse = (reward([row["prompt"] for row in texts], [row["replies"][i] for row in texts], [{}] * len(texts)) for i in (0, 1))
     assert float((np.sign(np.subtract(better, worse)) + 1).mean() / 2) == pytest.approx(judgement.accuracy.value, abs=1e-9)
@@ -272,7 +272,7 @@ def job(tmp_path: Path, **changes: Any) -> Job:
 
 def failing(whole: Path, tmp_path: Path, config: RunConfig, **measuring: Any) -> RunError:
     """What is told of a training whose measure goes wrong."""
-    train, heldout = sorted((whole / "cache").glob("*.parquet"), key=rows_of, reverse=True)
+    train, heldout = sorted((whole.parent / "cache").glob("*.parquet"), key=rows_of, reverse=True)
     measure = Refusing(str(tmp_path / "asked"), **measuring)
     asked = job(tmp_path, model=str(whole / "finetuned"), train=train, heldout=heldout, rows=rows_of(train), measure=measure)
     with opened(tmp_path, config) as (session, progress, _), pytest.raises(RunError) as caught:
