@@ -1,9 +1,10 @@
 """What the learning table compares: every algorithm of the registry with its documented main variants, and TRL's trainers, each with its settings.
 
-All share batch, budget, model and reward, so a difference is the algorithm's. The learning rates were chosen on seed 0 alone, by optimality after the
-last episode: TRL's two among 5e-4, 1e-3 and 2e-3, with 1e-3 the best for both; ours among no more, and clipped losses have 1e-3, too (GRPO and PPO do
-worse at 3e-4, RLOO at 2e-3). Clipped losses go over a step's rollouts four times, TRL's as well; plain ones once, since nothing corrects them for what
-is off-policy in a second pass: with four they break down at 5e-4.
+All share batch, budget, model and reward, so a difference is the algorithm's or its settings'. Learning rates were chosen by optimality after the last
+episode: TRL's two on seed 0 among 5e-4, 1e-3 and 2e-3, with 1e-3 the best for both; ours on seed 0, not all of them among equally many (GRPO and PPO do
+worse at 3e-4, RLOO at 2e-3), but for A2C, whose rates were lowered after one of seed 1 had collapsed. "RLOO by rollout" was added once TRL's RLOO was seen
+to be ahead of our default on the way: TRL clips the ratio of whole rollouts. Clipped losses go over a step's rollouts four times, TRL's as well; plain ones
+once, since nothing corrects them for what is off-policy in a second pass: with four they break down at 5e-4.
 """
 
 from __future__ import annotations
