@@ -234,6 +234,7 @@ def _rl(run: Run, session: Session) -> dict[str, Any]:
     if commit is not None and not (run.run_dir / "checkpoints" / commit.name).is_dir():  # moved aside with what it came from
         commit = None
     reward = reward_of(config, run.task, run.run_dir)
+    run.progress.stage("start actors", 1)
     return _told(reinforce(config, session, run.folder, run.progress, model=run.start, reward=reward, prompts=run.prompts, commit=commit))
 
 
