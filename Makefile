@@ -19,8 +19,8 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make quickstart   install, then fine-tune and align a small GPT-2 (about 5 minutes on 2 cores)"
-	@echo "make test         install, then ruff, mypy and every test (about 15 minutes on 2 cores)"
-	@echo "make check        the quick part of it (about 1.5 minutes)"
+	@echo "make test         install, then ruff, mypy and every test (18 minutes on 2 cores)"
+	@echo "make check        the quick part of it (about 2 minutes)"
 	@echo "make chaos        runs whose processes are killed at random moments (about 25 minutes)"
 	@echo "make bench        timings against transformers' generate; which algorithm learns how fast: tests/benchmarks/learning.py"
 	@echo "make install      only make .venv"
