@@ -311,6 +311,22 @@ def test_classifier_with_several_labels_or_none_at_all_is_refused(classifier: Ca
         ClassifierReward(str(tmp_path))
 
 
+def test_one_of_several_outputs_is_the_reward_where_it_is_named(classifier: Callable[..., Path], tiny_model: Path) -> None:
+    import torch
+
+    folder = str(classifier(3))
+    reward = ClassifierReward(folder, label=2)
+    ids = reward.tokenizer("abc", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        logits = reward.model(input_ids=ids).logits[0].tolist()
+    assert reward(["ab"], ["c"], [{}]) == pytest.approx([logits[2]], rel=1e-5)
+    assert len(set(logits)) == 3
+    worker = RewardWorker(config=RewardConfig(model=folder, label=2), tokenizer_path=str(tiny_model))
+    assert worker.function(["ab"], ["c"], [{}]) == pytest.approx([logits[2]], rel=1e-5)
+    with pytest.raises(ValueError, match=r"reward\.label: must be below the number of outputs of .*, 3, got 3"):
+        ClassifierReward(folder, label=3)
+
+
 @pytest.fixture
 def bert(tmp_path: Path) -> Callable[..., Path]:
     """A one-label BERT with a tokenizer that knows only those special tokens that it is given."""

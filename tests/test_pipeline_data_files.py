@@ -159,6 +159,14 @@ def test_plain_columns_are_taken_to_the_letter(tmp_path: Path) -> None:
     assert task.layout("Twice") == "Twice"
 
 
+def test_the_first_words_of_a_running_text_are_its_prompt(tmp_path: Path) -> None:
+    source = write(tmp_path / "reviews.jsonl", [{"text": "  One two\nthree  four, five."}, {"text": "Too short"}, {"text": 7}])
+    found = load("demonstrations", source, DataConfig(prompt_words=3, max_excluded=1))
+    assert [(row.prompt[0].text, row.replies) for row in found.exchanges] == [("One two\nthree", ("  four, five.",))]
+    assert [(problem.line, problem.kind) for problem in found.problems] == [(2, "empty reply"), (3, "not text")]
+    assert [row.prompt[0].text for row in load("prompts", source, DataConfig(prompt_words=3, max_excluded=1)).exchanges] == ["One two\nthree"]
+
+
 def test_columns_are_mapped(tmp_path: Path) -> None:
     columns = ColumnsConfig(prompt="question", chosen="good", rejected="bad", margin="delta")
     task = files(tmp_path, [{"question": "Q", "good": "A", "bad": "B", "delta": 0.25, "chosen": 3}], columns=columns)

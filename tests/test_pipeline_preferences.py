@@ -12,7 +12,7 @@ import pytest
 
 from actors.config import RewardConfig, RolloutConfig, SamplingConfig
 from actors.experience import Prompts
-from pipeline.stages.preferences import SCHEMA, AsLoaded, Comparer, rank, read_comparisons
+from pipeline.stages.preferences import SCHEMA, Comparer, rank, read_comparisons
 from pipeline.tasks.task import Comparison
 
 
@@ -64,8 +64,3 @@ def test_what_is_written_is_read_by_split(tmp_path: Path) -> None:
         "train": [Comparison(prompt="p", replies=("a", "b"))],
         "heldout": [Comparison(prompt="q", replies=("c", "d", "e"))],
     }
-
-
-def test_nothing_is_fetched_for_a_worker_that_has_its_weights() -> None:
-    with pytest.raises(AssertionError, match="holds what it was made with"):
-        AsLoaded().fetch()

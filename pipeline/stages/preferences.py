@@ -21,12 +21,11 @@ from cluster.storage import Folder
 from pipeline.config import RunConfig
 from pipeline.prompts import Asked
 from pipeline.roles import Stage
+from pipeline.stages.examiner import AsLoaded
 from pipeline.tasks.task import SPLITS, Comparison, PromptStream, Split
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-
-    from actors.weights import Weights
 
 _BEYOND = 1 << 39  # groups that no run ever reaches, and no evaluation uses
 SCHEMA = pa.schema([("split", pa.string()), ("prompt", pa.string()), ("replies", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
@@ -39,17 +38,6 @@ class Made:
     prompts: int
     comparisons: int
     failed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AsLoaded:
-    """The weights that a rollout worker was made with, as the source of weights that it asks for."""
-
-    version: int = 0
-    checksum: str = ""
-
-    def fetch(self) -> Weights:
-        raise AssertionError("nothing has been published; the worker holds what it was made with")
 
 
 class Comparer:
