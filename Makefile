@@ -1,7 +1,7 @@
 # Two commands are enough: `make quickstart` and `make test`. Both make .venv and install on the first call.
 #
 #   PYTHON=python3.12      the interpreter .venv is made from (3.11 or 3.12)
-#   PIP_FLAGS=...          passed to pip, e.g. an index with CPU-only torch wheels (see README, "Install")
+#   PIP_FLAGS=...          passed to pip, e.g. an index with CPU-only torch wheels (see docker/README.md)
 #   JOBS=2                 how many workers run tests; each has a Ray of its own (about 4 GB)
 #   ARGS=...               passed to the command, e.g. make quickstart ARGS="--seed 1"
 
@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make quickstart   install, then fine-tune and align a small GPT-2 (about 5 minutes on 2 cores)"
-	@echo "make test         install, then ruff, mypy and every test (18 minutes on 2 cores)"
+	@echo "make test         install, then ruff, mypy, import contracts and every test (about 15 minutes on 2 cores)"
 	@echo "make check        the quick part of it (about 2 minutes)"
 	@echo "make chaos        runs whose processes are killed at random moments (about 25 minutes)"
 	@echo "make bench        timings against transformers' generate; which algorithm learns how fast: tests/benchmarks/learning.py"
@@ -41,10 +41,11 @@ quickstart: $(STAMP)
 	$(BIN)/python -m pipeline quickstart $(ARGS)
 
 lint: $(STAMP)
-	@echo "== ruff and mypy"
+	@echo "== ruff, mypy and the order of the rooms"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 test: lint
 	@echo "== every test"

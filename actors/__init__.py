@@ -1,1 +1,1 @@
-"""Who does the work: rollout, reward, reference and learner, and the tables they exchange."""
+"""The actors, which do the work: rollout, reward, reference and learner, and the tables they exchange."""

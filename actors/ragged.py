@@ -1,4 +1,7 @@
-"""Ragged Arrow columns to flat or padded numpy arrays and back. Shapes: B rows, T longest row, N = sum of lengths."""
+"""Ragged Arrow columns as flat or padded numpy arrays, and back.
+
+Shapes: B rows, T longest row, N sum of lengths.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ Array = npt.NDArray[Any]
 def flat(column: pa.ChunkedArray | pa.Array) -> tuple[Array, Array]:
     """A list column as (values (N,), offsets (B + 1,)): row i is `values[offsets[i]:offsets[i + 1]]`.
 
-    Copies nothing when the column is one chunk of fixed-width numbers (booleans are bit-packed in Arrow, so they are unpacked).
+    Nothing is copied if the column is one chunk of fixed-width numbers. (Booleans are bit-packed in Arrow, so they are
+    unpacked.)
     """
     array = column
     if isinstance(column, pa.ChunkedArray):  # combine_chunks copies even a single chunk
@@ -35,7 +39,7 @@ def unflat(values: Array, offsets: Array, dtype: pa.DataType) -> pa.ListArray:
 
 
 def pad(values: Array, offsets: Array, fill: float = 0, width: int | None = None) -> Array:
-    """Rows side by side, left-aligned, filled up at the right: (B, width), or (B, T) when no width is given."""
+    """Rows as a left-aligned array, padded at the right: (B, width), or (B, T) without a width."""
     sizes = np.diff(offsets)
     width = int(sizes.max(initial=0)) if width is None else width
     if sizes.size and int(sizes.max()) > width:

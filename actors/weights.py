@@ -1,9 +1,9 @@
-"""A published version of the policy's weights: a few flat buckets of bytes and a manifest that says what is in them.
+"""A published version of the policy's weights: a few flat buckets of bytes, and a manifest of their contents.
 
-Buckets are plain numpy arrays, so they go through Ray's object store without a copy on either side; what a receiver
-gets is read-only shared memory. A checksum over everything says whether two processes hold the same weights.
+Buckets are plain numpy arrays, so they go through Ray's object store without a copy on either side; the receiver gets
+read-only shared memory. A checksum over everything tells whether two processes have the same weights.
 
-What was left out: deltas, sharded publication and compression. One version is one contiguous copy of the model.
+Left out: deltas, sharded publication and compression. One version is one contiguous copy of the model.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _ALIGN = 64  # bytes; every tensor starts on a cache line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What lies where. Tied parameters appear once, under the name `named_parameters()` gives them.
+    """The contents of the buckets. Tied parameters appear once, under their name in `named_parameters()`.
 
-    offsets:  of each tensor, (bucket, first byte).
+    offsets:  (bucket, first byte) of each tensor.
     checksum: xxh3-128, hexadecimal, over names, shapes, dtype, offsets and every byte of every bucket.
     """
 
@@ -61,42 +61,53 @@ class Weights:
         m = self.manifest
         found = _checksum(m.names, m.shapes, m.dtype, m.offsets, self.buckets)
         if found != m.checksum:
-            raise ValueError(f"weights: version {self.version} must have checksum {m.checksum}, got {found}; it was damaged on the way, publish it again")
+            raise ValueError(
+                f"weights: version {self.version} must have checksum {m.checksum}, got {found}; it was damaged on the "
+                "way, publish it again"
+            )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, read-only view into the buckets) of every parameter, unverified. The views keep the buckets alive; never write to them."""
+        """(name, read-only view into the buckets) of every parameter, unverified.
+
+        The views keep the buckets alive; never write to them.
+        """
         dtype = torch_dtype(self.manifest.dtype)
         with warnings.catch_warnings():
             # torch cannot mark a tensor read-only and warns of memory that is; these views are only ever copied from.
             warnings.simplefilter("ignore", UserWarning)
             flat = [torch.from_numpy(bucket) for bucket in self.buckets]
-        for name, shape, (bucket, start) in zip(self.manifest.names, self.manifest.shapes, self.manifest.offsets, strict=True):
+        for name, shape, (bucket, start) in zip(
+            self.manifest.names, self.manifest.shapes, self.manifest.offsets, strict=True
+        ):
             size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             yield name, flat[bucket][start : start + size].view(dtype).view(shape)
 
-    def load_into(self, model: nn.Module) -> None:
-        """Verify, then copy every parameter in place, converting to the model's dtype and device.
 
-        Raises ValueError on a wrong checksum, or naming the parameter that is unknown, missing, or of another shape;
-        the model is then untouched.
-        """
-        self.verify()
-        own = dict(model.named_parameters())
-        named = dict(self.tensors())
-        missing, unknown = [n for n in own if n not in named], [n for n in named if n not in own]
-        if missing or unknown:
-            kind = "missing from the published version" if missing else "unknown to the model"
-            raise ValueError(f"weights: version {self.version} must hold the model's {len(own)} parameters, {(missing or unknown)[0]!r} is {kind}")
-        for name, tensor in named.items():
-            if tensor.shape != own[name].shape:
-                raise ValueError(f"weights: {name!r} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
-        with torch.no_grad():
-            for name, tensor in named.items():
-                own[name].copy_(tensor)
+def copy_parameters(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy these tensors into the model's parameters, all or none; tied ones appear once.
+
+    The model keeps its dtype and device. Raises ValueError naming one that is unknown, missing or of another shape.
+    """
+    own, new = dict(model.named_parameters()), dict(named)
+    for name in sorted(own.keys() ^ new.keys()):
+        kind = "missing" if name in own else "unknown to the model"
+        raise ValueError(
+            f"weights: must hold the model's {len(own)} parameters, {name!r} is {kind}; publish the model that the "
+            "pool was given"
+        )
+    for name, tensor in new.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(f"weights: {name!r} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
+    with torch.no_grad():
+        for name, tensor in new.items():
+            own[name].copy_(tensor)
 
 
 def pack(named_tensors: Iterable[tuple[str, Tensor]], dtype: Dtype, version: int) -> Weights:
-    """Copy the tensors once, converted to `dtype`, into flat buckets of about BUCKET_BYTES (a larger tensor gets a bucket of its own)."""
+    """Copy tensors, converted to `dtype`, into flat buckets of about BUCKET_BYTES.
+
+    A larger tensor gets a bucket of its own.
+    """
     target = torch_dtype(dtype)
     named = list(named_tensors)
     offsets, sizes = _layout([tensor.numel() * target.itemsize for _, tensor in named])
@@ -108,21 +119,29 @@ def pack(named_tensors: Iterable[tuple[str, Tensor]], dtype: Dtype, version: int
     names = tuple(name for name, _ in named)
     shapes = tuple(tuple(tensor.shape) for _, tensor in named)
     checksum = _checksum(names, shapes, dtype, offsets, buckets)
-    return Weights(version=version, manifest=Manifest(names=names, shapes=shapes, dtype=dtype, offsets=offsets, checksum=checksum), buckets=buckets)
+    return Weights(
+        version=version,
+        manifest=Manifest(names=names, shapes=shapes, dtype=dtype, offsets=offsets, checksum=checksum),
+        buckets=buckets,
+    )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """xxh3-128, hexadecimal, over names, shapes, dtypes and bytes of the model's parameters; no more than one of them is copied at a time."""
+def parameters_checksum(model: nn.Module) -> str:
+    """xxh3-128 over names, shapes, dtypes and bytes of a model's parameters, in hexadecimal.
+
+    Only one parameter is copied at a time.
+    """
     named = list(model.named_parameters())
     digest = xxhash.xxh3_128(json.dumps([[name, tuple(p.shape), str(p.dtype)] for name, p in named]).encode())
     for _, parameter in named:
-        data: Any = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()  # the buffer protocol, as below
+        # the buffer protocol, as below
+        data: Any = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         digest.update(data)
     return digest.hexdigest()
 
 
 def _layout(sizes: list[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
-    """Where each tensor of that many bytes goes, (bucket, first byte), and the size of each bucket."""
+    """(bucket, first byte) of each tensor, and the size of each bucket; sizes: of the tensors, in bytes."""
     offsets: list[tuple[int, int]] = []
     buckets: list[int] = []
     for size in sizes:
@@ -134,7 +153,13 @@ def _layout(sizes: list[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
     return tuple(offsets), buckets
 
 
-def _checksum(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], dtype: Dtype, offsets: tuple[tuple[int, int], ...], buckets: list[Bucket]) -> str:
+def _checksum(
+    names: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: Dtype,
+    offsets: tuple[tuple[int, int], ...],
+    buckets: list[Bucket],
+) -> str:
     digest = xxhash.xxh3_128(json.dumps([names, shapes, dtype, offsets]).encode())
     for bucket in buckets:
         data: Any = bucket  # the buffer protocol; xxhash's stub names bytes only

@@ -1,1 +1,1 @@
-"""Where the work runs: session, placement, pools, gangs. Knows nothing of reinforcement learning."""
+"""Where the work runs: session, placement, pools, gangs. This floor knows nothing of learning."""

@@ -1,11 +1,12 @@
-"""The driver's event pump: one thread that waits for all running calls at once and hands each answer to whoever asked.
+"""The driver's event pump: one thread that waits for all running calls and hands each answer to its owner.
 
-Consumes: references of running calls. Waits for: the first answer, the nearest deadline, the next tick. Unblocked by: any of these.
-Left out: threads and asyncio. A callback runs to its end, and what it raises comes out of `run_until`.
+Consumes: references of running calls. Waits for: the first answer, the nearest deadline, the next tick. Unblocked by:
+any of these. Left out: threads and asyncio. A callback runs to its end, and what it raises comes out of `run_until`.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 _LONGEST_WAIT_S = 0.5  # Python serves signals only between two waits
-_FETCH_TIMEOUT_S = 60.0  # of an answer that has arrived; longer means that it went down with its node
+_FETCH_TIMEOUT_S = 60.0  # for an answer that has arrived; longer means that it was lost with its node
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +44,8 @@ class Pump:
     def __init__(self) -> None:
         self._watched: dict[ObjectRef[Any], _Watched] = {}
         self._ticks: list[_Tick] = []
+        self._timers: dict[int, tuple[float, Callable[[], None]]] = {}  # number -> when it is due, whom to call
+        self._numbers = itertools.count()
 
     def watch(
         self,
@@ -54,15 +57,18 @@ class Pump:
         on_done: Callable[[Any], None],
         on_error: Callable[[BaseException], None],
     ) -> None:
-        """Call `on_done(value)` or `on_error(exception)` once, from within `run_until`. The value is fetched into the driver: keep it small.
+        """Call `on_done(value)` or `on_error(exception)` once, from within `run_until`.
 
-        Past the deadline `on_error` is given an Expired, and whatever the call still answers is ignored.
+        The value is fetched into the driver: keep it small. After the deadline `on_error` receives an Expired, and a
+        later answer is ignored.
         """
         deadline = time.monotonic() + timeout_s
-        self._watched[ref] = _Watched(who=who, phase=phase, timeout_s=timeout_s, deadline=deadline, on_done=on_done, on_error=on_error)
+        self._watched[ref] = _Watched(
+            who=who, phase=phase, timeout_s=timeout_s, deadline=deadline, on_done=on_done, on_error=on_error
+        )
 
     def forget(self, ref: ObjectRef[Any]) -> None:
-        """Ignore whatever `ref` answers from now on."""
+        """Ignore the answer of `ref` from now on."""
         self._watched.pop(ref, None)
 
     def hasten(self, ref: ObjectRef[Any], within_s: float) -> None:
@@ -73,7 +79,7 @@ class Pump:
             watched.deadline = min(watched.deadline, time.monotonic() + within_s)
 
     def give_up(self, who: str, silent_s: float) -> None:
-        """End the waiting for all calls of this worker, which has been silent for `silent_s` seconds: an Expired for each, unless it has answered."""
+        """Expire all unanswered calls of a worker that has been silent for `silent_s` seconds."""
         import ray
 
         for ref in [ref for ref, watched in self._watched.items() if watched.who == who]:
@@ -87,33 +93,59 @@ class Pump:
                 watched.on_error(Expired(watched.who, watched.phase, silent_s))
 
     def add_tick(self, call: Callable[[], None], every_s: float) -> None:
-        """Also call `call` about every `every_s` seconds for as long as anything is waited for."""
+        """Call `call` about every `every_s` seconds while the pump waits."""
         self._ticks.append(_Tick(call=call, every_s=every_s, due=time.monotonic() + every_s))
+
+    def later(self, delay_s: float, call: Callable[[], None]) -> int:
+        """Call `call` once, `delay_s` from now, from within `run_until`; returns a number for `cancel`.
+
+        Until then `run_until` has something to wait for.
+        """
+        number = next(self._numbers)
+        self._timers[number] = (time.monotonic() + delay_s, call)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Cancel the call that `later` gave this number, unless it was made already."""
+        self._timers.pop(number, None)
 
     def run_until(self, condition: Callable[[], bool], *, timeout_s: float, waiting_for: str) -> None:
         """Serve events until `condition()` holds.
 
-        Raises RunError when `timeout_s` pass without any answer, or when no call is running that could ever make it hold. Long work of
-        many calls may take as long as it likes while they keep coming; each call has a deadline of its own.
+        Raises RunError when `timeout_s` pass without any answer, or when nothing is running that could make the
+        condition hold. Work of many calls may take longer than that while answers keep coming; each call has its own
+        deadline.
         """
         until = time.monotonic() + timeout_s
         while not condition():
-            if not self._watched:
-                raise RunError("driver", waiting_for, "nothing is running that it could wait for", "This is a defect of the program, not of the settings.")
+            if not self._watched and not self._timers:
+                raise RunError(
+                    "driver",
+                    waiting_for,
+                    "nothing is running that it could wait for",
+                    "This is a defect of the program, not of the settings.",
+                )
             if time.monotonic() >= until:
-                raise RunError("driver", waiting_for, f"no answer within {timeout_s:g} s, still waiting for {self._names()}")
+                raise RunError(
+                    "driver", waiting_for, f"no answer within {timeout_s:g} s, still waiting for {self._names()}"
+                )
             if self._serve(until):
                 until = time.monotonic() + timeout_s
 
     def _serve(self, until: float) -> bool:
-        """Wait for the next event, at most to `until`, and serve it. Whether it was an answer."""
+        """Wait for the next event, at most to `until`, and serve it; returns whether it was an answer."""
         import ray
 
         now = time.monotonic()
         nearest = min((watched.deadline for watched in self._watched.values()), default=until)
         due = min((tick.due for tick in self._ticks), default=until)
-        wait_s = max(0.0, min(until, nearest, due, now + _LONGEST_WAIT_S) - now)
-        ready, _ = ray.wait(list(self._watched), num_returns=1, timeout=wait_s)
+        timer = min((at for at, _ in self._timers.values()), default=until)
+        wait_s = max(0.0, min(until, nearest, due, timer, now + _LONGEST_WAIT_S) - now)
+        ready: list[ObjectRef[Any]] = []
+        if self._watched:
+            ready, _ = ray.wait(list(self._watched), num_returns=1, timeout=wait_s)
+        else:
+            time.sleep(wait_s)
         for ref in ready:
             self._answer(ref)
         now = time.monotonic()
@@ -121,6 +153,9 @@ class Pump:
             self._expire(now)
         if now >= due:
             self._tick(now)
+        for number in [number for number, (at, _) in self._timers.items() if at <= now]:
+            if number in self._timers:  # a call before it may have cancelled it
+                self._timers.pop(number)[1]()
         return bool(ready)
 
     def _answer(self, ref: ObjectRef[Any]) -> None:
@@ -129,7 +164,7 @@ class Pump:
         watched = self._watched.pop(ref)
         try:
             value = ray.get(ref, timeout=_FETCH_TIMEOUT_S)
-        except ray.exceptions.RayError as error:  # whatever the worker raised, too; its owner decides what it means
+        except ray.exceptions.RayError as error:  # also what the worker raised; its owner decides what it means
             watched.on_error(error)
         else:
             watched.on_done(value)
@@ -138,7 +173,8 @@ class Pump:
         import ray
 
         late = [ref for ref, watched in self._watched.items() if watched.deadline <= now]
-        arrived, _ = ray.wait(late, num_returns=len(late), timeout=0) if late else ([], [])  # in time, while the driver did something else
+        # answers that arrived while the driver did something else count
+        arrived, _ = ray.wait(late, num_returns=len(late), timeout=0) if late else ([], [])
         for ref in late:
             if ref not in self._watched:  # a callback before it has forgotten it
                 continue

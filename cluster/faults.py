@@ -1,21 +1,26 @@
-"""What can go wrong with a process or an object, and the error a run stops with.
+"""The five faults of a call, and the error with which a run stops.
 
 `classify` is the one place that knows Ray's exceptions and torch's; everything above it speaks of five faults.
-Left out: what to do about a fault, which `pool.decide` and the driver's recovery say.
+Left out: what to do about a fault, which `work.decide` and the driver's recovery say.
 """
 
 from __future__ import annotations
 
 import re
 from enum import Enum
+from pathlib import Path
 
-_OF_AN_ACTOR = re.compile(r"\t(class_name|actor_id|pid|name|namespace|ip|repr): ")  # what Ray lists of a dead actor; the error around it says who
+# lines in which Ray describes a dead actor; the error around them names it
+_OF_AN_ACTOR = re.compile(r"\t(class_name|actor_id|pid|name|namespace|ip|repr): ")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
-# What a rank is told when a peer was killed or stopped: seen with gloo and the TCPStore of torch 2.13; of NCCL, which needs GPUs, as users report it.
+# What a rank is told when a peer was killed or stopped: seen with gloo and the TCPStore of torch 2.13; of NCCL, which
+# needs GPUs, as users report it.
 _OF_A_PEER = re.compile(
-    r"closed by (remote )?peer|reset by peer|broken pipe|connection (refused|was likely closed)|socket closed|connectFullMesh failed"
-    r"|timed out|(socket|read|write|connect|wait|barrier|operation) timeout|remote process exited|ncclRemoteError|communicator was aborted",
+    r"closed by (remote )?peer|reset by peer|broken pipe|connection (refused|was likely closed)|socket "
+    r"closed|connectFullMesh failed"
+    r"|timed out|(socket|read|write|connect|wait|barrier|operation) timeout|remote process "
+    r"exited|ncclRemoteError|communicator was aborted",
     re.IGNORECASE,
 )
 _GLOO = re.compile(r"/gloo/\S+:\d+\] ")  # its errors are plain RuntimeErrors that name the line of its source
@@ -33,14 +38,23 @@ class Fault(Enum):
 
     @property
     def of_a_process(self) -> bool:
-        """A process, not the code, is to blame: a new one may succeed."""
+        """Whether a process, not the code, is at fault, so that a new process may succeed."""
         return self in (Fault.WORKER_LOST, Fault.EXPIRED, Fault.PEER_LOST)
+
+    @property
+    def remoteness(self) -> int:
+        """Rank of a fault by its probable distance from the root cause, when several ranks of a gang fail.
+
+        A process that dies takes the calls of its peers with it.
+        """
+        return (Fault.USER_ERROR, Fault.INPUT_LOST, Fault.WORKER_LOST, Fault.EXPIRED, Fault.PEER_LOST).index(self)
 
 
 class RunError(RuntimeError):
-    """A failure the run cannot go on from: who failed, in which phase, why, and what to do about it.
+    """A failure that stops the run: who failed, in which phase, why, and what to do about it.
 
-    `fault` is set where a call failed, so that a driver can tell a lost process (rebuild, roll back) from an error in the code (stop).
+    `fault` is set where a call failed, so that a driver can tell a lost process (rebuild, roll back) from an error in
+    the code (stop).
     """
 
     def __init__(self, who: str, phase: str, cause: str, remedy: str = "", fault: Fault | None = None) -> None:
@@ -50,12 +64,21 @@ class RunError(RuntimeError):
         self.cause = cause
         self.remedy = remedy
         self.fault = fault
+        self.logs: tuple[Path, ...] = ()
+        """The files that say more: the process's own output, and the run's log."""
+
+    def find_logs(self, folder: Path) -> None:
+        """Name the logs in a run's log folder that belong to this failure; those that do not exist are left out."""
+        role, _, index = self.who.rstrip("]").partition("[")
+        own = [folder / f"{role}-{index}.log"] if index else []
+        self.logs = tuple(path for path in (*own, folder / "driver.log") if path.is_file())
 
     def __str__(self) -> str:
         text = f"{self.who} failed during '{self.phase}': {self.cause.rstrip()}"
         if text[-1] not in ".!?":
             text += "."
-        return f"{text} {self.remedy}".rstrip()
+        logs = f"Logs: {', '.join(map(str, self.logs))}" if self.logs else ""
+        return " ".join(filter(None, (text, self.remedy, logs)))
 
 
 class Expired(RunError):  # noqa: N818 (a kind of RunError)
@@ -67,12 +90,17 @@ class Expired(RunError):  # noqa: N818 (a kind of RunError)
         self.timeout_s = timeout_s
 
 
+class ContractError(ValueError):
+    """The user's code breaks its contract. The message is one line that says all, so no traceback is shown."""
+
+
 def classify(error: BaseException) -> Fault:
     """The fault behind an exception that a call's reference raised.
 
-    An exception in a constructor is the code's own error although Ray reports it as a dead actor: a replacement would only repeat it.
-    A lost argument reaches us wrapped in a RayTaskError; so does an argument whose producer died before it was made.
-    PEER_LOST takes both the type and the words of what torch.distributed raises: a user's own "connection timed out" is a USER_ERROR.
+    An exception in a constructor is the code's own error although Ray reports it as a dead actor: a replacement would
+    only repeat it. A lost argument reaches us wrapped in a RayTaskError; so does an argument whose producer died before
+    it was made. PEER_LOST takes both the type and the words of what torch.distributed raises: a user's own "connection
+    timed out" is a USER_ERROR.
     """
     from ray import exceptions as ray_errors
 
@@ -103,7 +131,10 @@ def _of_a_peer(error: BaseException) -> bool:
     while isinstance(error, RayTaskError):
         error = error.cause
     text = str(error).partition(_CPP_STACK)[0]
-    by_torch = any((kind.__module__, kind.__name__) == ("torch.distributed", "DistError") for kind in type(error).__mro__)  # by name: torch loads late
+    # by name: torch loads late
+    by_torch = any(
+        (kind.__module__, kind.__name__) == ("torch.distributed", "DistError") for kind in type(error).__mro__
+    )
     return (by_torch or (type(error) is RuntimeError and bool(_GLOO.search(text)))) and bool(_OF_A_PEER.search(text))
 
 
@@ -112,8 +143,21 @@ def role_of(who: str) -> str:
     return who.partition("[")[0]
 
 
+def told(error: BaseException, reason: str) -> str:
+    """The reason of a failure for the user: the line of a ContractError, else `reason` and the end of the traceback."""
+    from ray.exceptions import RayTaskError
+
+    cause = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    return str(cause) if isinstance(cause, ContractError) else f"{reason}:\n{last_lines(error)}\n"
+
+
 def last_lines(error: BaseException, count: int = 6) -> str:
-    """The end of an error's text, which for an error raised in a worker is the end of the worker's own traceback, without colours and carets."""
+    """The last lines of an error's text, without colours and carets.
+
+    For an error raised in a worker they are the end of the worker's traceback.
+    """
     text = error.cause if isinstance(error, RunError) else str(error)  # the error around it names actor and phase
     lines = [line.rstrip() for line in _ANSI.sub("", text).splitlines()]
     kept = [line for line in lines if line.strip() and line.strip(" ^~") and not _OF_AN_ACTOR.match(line)]

@@ -1,6 +1,6 @@
-"""Which worker of which role lives where: bundles of CPUs and GPUs, and each worker's share of one.
+"""The placement of a run: bundles of CPUs and GPUs, and each worker's share of a bundle.
 
-Pure arithmetic, no Ray: `plan` prints a placement without a cluster. Left out: which node a bundle lands on, which Ray decides.
+Pure arithmetic, no Ray: `plan` prints a placement without a cluster. Left out: the node of a bundle, which Ray decides.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.config import ClusterConfig
+
 _UNITS = 10_000  # Ray counts resources in ten-thousandths
 
 
 @dataclass(frozen=True, slots=True)
 class RoleDemand:
-    """What a role asks for."""
+    """The workers and devices that a role needs."""
 
     role: str
     workers: int
     gpus: float  # of each worker
-    turn: str = ""  # roles with the same turn compute at the same moment and share their bundle's cores; "": this role alone
+    turn: str = ""
+    """Roles with the same turn compute at the same time and share the cores of their bundle; "": this role alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class Bundle:
 class Slot:
     """A worker's seat: worker `index` of `role` takes `cpus` and `gpus` of bundle number `bundle`.
 
-    cpus is what Ray counts; threads is what the process computes with while it is its turn.
+    cpus: as Ray counts them. threads: with which the process computes when it is its turn.
     """
 
     role: str
@@ -74,20 +77,22 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeResources:
-    """What one node of a cluster has in all."""
+    """The total resources of one node of a cluster."""
 
     name: str
     cpus: float
     gpus: float
 
 
-def plan_placement(demands: Sequence[RoleDemand], *, share_devices: bool, cpus_per_bundle: int, local_cpus: int) -> Placement:
+def plan_placement(
+    demands: Sequence[RoleDemand], *, share_devices: bool, cpus_per_bundle: int, local_cpus: int
+) -> Placement:
     """Bundles and seats for the demanded workers.
 
-    share_devices: worker i of every role sits in bundle i, since in synchronous training the roles take turns. The bundle has the GPUs
-    of its most demanding resident; each resident is given an equal part, or Ray would not seat them together.
-    cpus_per_bundle 0: `local_cpus` over the number of bundles, at least 1.
-    Raises ValueError for numbers of GPUs that Ray cannot hand out.
+    share_devices: worker i of every role sits in bundle i, because the roles take turns in synchronous training. The
+    bundle has the GPUs of its most demanding worker; each worker gets an equal part, or Ray would not seat them
+    together. cpus_per_bundle: 0 means `local_cpus` divided by the number of bundles, at least 1. Raises ValueError for
+    numbers of GPUs that Ray cannot assign.
     """
     assert len({demand.role for demand in demands}) == len(demands), "one demand per role"
     for demand in demands:
@@ -106,13 +111,36 @@ def plan_placement(demands: Sequence[RoleDemand], *, share_devices: bool, cpus_p
     return Placement(bundles=bundles, slots=slots)
 
 
-def shortages(placement: Placement, nodes: Sequence[NodeResources]) -> list[str]:
-    """Which bundles fit no node, in words: what is asked, what there is, what to change. Empty when everything fits.
+def place(config: ClusterConfig, asked: Sequence[RoleDemand]) -> Placement:
+    """The placement of these roles under a configuration; cpus_per_bundle 0 means this machine's cores."""
+    return plan_placement(
+        asked, share_devices=config.share_devices, cpus_per_bundle=config.cpus_per_bundle, local_cpus=usable_cores()
+    )
 
-    Packs the largest bundle first onto the first node with room, nodes with the fewest GPUs first, so that bundles without GPUs leave
-    those free. Exact when all bundles are equal; else a heuristic that may, like Ray's own packing, miss a tight fit.
+
+def cpus_that_fit(demands: Sequence[RoleDemand], *, share_devices: bool, nodes: Sequence[NodeResources]) -> int:
+    """The most CPUs a bundle can have so that all bundles fit these nodes; 0 if they do not fit with one each."""
+
+    def fits(cpus: int) -> bool:
+        return not shortages(
+            plan_placement(demands, share_devices=share_devices, cpus_per_bundle=cpus, local_cpus=1), nodes
+        )
+
+    largest = int(max((node.cpus for node in nodes), default=0))
+    return next(filter(fits, range(largest, 0, -1)), 0)
+
+
+def shortages(placement: Placement, nodes: Sequence[NodeResources]) -> list[str]:
+    """One line for each kind of bundle that fits no node: what is asked, what there is, what to change.
+
+    The largest bundle is packed first, onto the first node with room, nodes with the fewest GPUs first, so that bundles
+    without GPUs leave those free. Exact when all bundles are equal; otherwise a heuristic that may, like Ray's own
+    packing, miss a tight fit.
     """
-    free = [[round(node.gpus * _UNITS), round(node.cpus * _UNITS)] for node in sorted(nodes, key=lambda node: (node.gpus, node.cpus))]
+    free = [
+        [round(node.gpus * _UNITS), round(node.cpus * _UNITS)]
+        for node in sorted(nodes, key=lambda node: (node.gpus, node.cpus))
+    ]
     homeless: Counter[Bundle] = Counter()
     for bundle in sorted(placement.bundles, key=lambda bundle: (bundle.gpus, bundle.cpus), reverse=True):
         gpus, cpus = round(bundle.gpus * _UNITS), bundle.cpus * _UNITS
@@ -132,15 +160,19 @@ def shortages(placement: Placement, nodes: Sequence[NodeResources]) -> list[str]
 
 
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may use, which in a container may be fewer than the machine has: by affinity, and by the quota of CPU time
-    (`docker --cpus 2`), rounded up. cgroup: where the kernel shows the quota; a container sees its own there."""
+    """Cores that this process may use, by its affinity and by its quota of CPU time, rounded up.
+
+    In a container (`docker --cpus 2`) these may be fewer than the machine has. cgroup: the folder in which the kernel
+    shows the quota; a container sees its own there.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, math.ceil(_cpu_quota(cgroup))))
 
 
 def _cpu_quota(cgroup: Path) -> float:
-    """CPU time per time that a control group may use; as many cores as there can be when nothing limits it or nothing is there to read."""
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2 holds both numbers in one file
+    """CPU seconds per second that a control group may use; sys.maxsize without a limit, or without such files."""
+    # version 2 of control groups has both numbers in one file
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             quota, period = " ".join((cgroup / name).read_text() for name in names).split()
         except OSError:
@@ -152,7 +184,8 @@ def _cpu_quota(cgroup: Path) -> float:
 def _check_gpus(demand: RoleDemand, share_devices: bool) -> None:
     if demand.gpus > 1 and share_devices:
         raise ValueError(
-            f"{demand.role}.gpus: must be at most 1 while devices are shared (Ray divides one GPU, not several), got {demand.gpus:g}; "
+            f"{demand.role}.gpus: must be at most 1 while devices are shared (Ray divides one GPU, not several), got "
+            f"{demand.gpus:g}; "
             "set cluster.share_devices = false"
         )
     if demand.gpus > 1 and demand.gpus != int(demand.gpus):
@@ -160,12 +193,19 @@ def _check_gpus(demand: RoleDemand, share_devices: bool) -> None:
 
 
 def _seat(demand: RoleDemand, index: int, number: int, bundle: Bundle, residents: Sequence[RoleDemand]) -> Slot:
-    """An equal part of the bundle, rounded down to Ray's granularity so that the parts never add up to more than the whole."""
+    """A seat with an equal part of the bundle, rounded down to Ray's granularity, so that the parts always fit."""
     users = sum(resident.gpus > 0 for resident in residents)
     gpus = _part(bundle.gpus, users) if demand.gpus else 0.0
     company = sum(resident.turn == demand.turn for resident in residents) if demand.turn else 1
     threads = max(1, bundle.cpus // company)
-    return Slot(role=demand.role, index=index, bundle=number, cpus=_part(bundle.cpus, len(residents)), gpus=gpus, threads=threads)
+    return Slot(
+        role=demand.role,
+        index=index,
+        bundle=number,
+        cpus=_part(bundle.cpus, len(residents)),
+        gpus=gpus,
+        threads=threads,
+    )
 
 
 def _part(whole: float, parts: int) -> float:

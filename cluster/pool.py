@@ -1,8 +1,9 @@
 """A pool: workers of one role that can be replaced one by one, and the queue of work they share.
 
-`decide` says what a fault means, `Pool` does it. A call is watched under one reference per attempt, and a failed attempt's reference is
-never looked at again, so a worker that was declared dead and still answers is not heard.
-Left out: which worker gets which work. What a piece of work yields must not depend on it.
+`work.decide` decides what a fault means, and `Pool` carries it out. A call is watched under one reference per attempt,
+and the reference of a failed attempt is never looked at again, so a worker that was given up and answers later is not
+heard. A pool goes on with fewer workers than it should have: a seat whose process does not get ready is left empty for
+a while, as long as another worker lives. Left out: which worker gets which work. The result must not depend on it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from cluster.events import Pump
-from cluster.faults import Fault, RunError, classify, last_lines
+from cluster.faults import Fault, RunError, classify, told
 from cluster.handshake import Fingerprint, compare
+from cluster.incidents import Incidents
 from cluster.pulse import Pulse
 from cluster.spawn import WorkerInfo
+from cluster.work import Work, decide, decide_start
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -27,75 +30,47 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """One piece of work, and whom to tell.
-
-    send(handle, attempt) starts it on a worker and returns (report, *data): the report is fetched, the data references stay references.
-    on_input_lost: an object that `send` passed is gone; the owner makes it anew and submits again. Without it the run stops.
-    on_expired: the deadline passed; True: the owner has dealt with it, False: send it again. The worker is replaced in either case.
-    on_retry: its worker was lost or hangs, and it was queued once more.
-    """
-
-    phase: str
-    send: Callable[[Any, int], tuple[ObjectRef[Any], ...]]
-    on_done: Callable[[Any, tuple[ObjectRef[Any], ...], int], None]
-    on_input_lost: Callable[[], None] | None = None
-    on_expired: Callable[[], bool] | None = None
-    on_retry: Callable[[], None] | None = None
-    timeout_s: float | None = None  # None: cluster.call_timeout_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """What to do about a fault."""
-
-    replace: bool = False  # kill the worker and seat a new one
-    requeue: bool = False  # send the work again, as the next attempt
-    stop: str = ""  # stop the run for this reason
-
-
-def decide(fault: Fault, *, attempt: int, replaced: int, config: ClusterConfig) -> Decision:
-    """What a pool does about a fault in attempt number `attempt`, after having replaced `replaced` workers.
-
-    Attempts count from 1; 0 means that the work's owner has taken the work back or dropped it, so that only the worker is at issue.
-    """
-    if fault in (Fault.USER_ERROR, Fault.PEER_LOST):  # workers of a pool have no peers: if one of its own making is gone, so be it
-        return Decision() if attempt == 0 else Decision(stop="its code raised an error, which a second attempt would only repeat")
-    if fault is Fault.INPUT_LOST:
-        return Decision() if attempt == 0 else Decision(stop="nobody can make the lost object anew")
-    if replaced >= config.max_replacements:
-        return Decision(stop=f"the pool has already replaced {replaced} workers (cluster.max_replacements = {config.max_replacements})")
-    if attempt >= config.max_attempts:
-        return Decision(stop=f"attempt {attempt} of {config.max_attempts} failed (cluster.max_attempts)")
-    return Decision(replace=True, requeue=attempt > 0)
-
-
 @dataclass(slots=True, eq=False)
 class _Task:
-    """One attempt at a piece of work. dropped: nobody wants to hear of it any more."""
+    """One attempt at a piece of work. dropped: its result and its errors are ignored."""
 
     work: Work
     attempt: int = 1
     dropped: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Worker:
-    """A seat and who sits in it. `call` is the reference being watched: of its task, or of describe() while it starts."""
+    """A seat and the process in it.
+
+    `call` is the reference being watched: of its task, or of describe() while it starts.
+    """
 
     index: int
-    handle: Any
+    node: str  # until it is ready, the node of the worker before it in this seat; "" if there was none
+    handle: Any = None  # None: the seat is empty
+    timer: int | None = None  # until a process is started in the seat
     call: ObjectRef[Any] | None = None
-    info: WorkerInfo | None = None  # None: still starting
+    info: WorkerInfo | None = None  # None: not ready
     task: _Task | None = None
+    failures: int = 0  # failed starts in this seat, in a row
+    failing_since: float = 0.0
+    absent: bool = False  # the pool does not wait for it, until it is ready after all
 
 
 class Pool:
-    """Workers of one role. Everything it waits for it waits for through the pump, hence only while the driver is in `run_until`."""
+    """Workers of one role, and their queue. All waiting is done by the pump, while the driver is in `run_until`."""
 
-    def __init__(self, role: str, spawn: Callable[[int], Any], size: int, pump: Pump, config: ClusterConfig, fingerprint: Fingerprint) -> None:
-        """spawn(index) starts the worker of seat `index` and returns its handle; called again for each replacement."""
+    def __init__(
+        self,
+        role: str,
+        spawn: Callable[[int], Any],
+        size: int,
+        pump: Pump,
+        config: ClusterConfig,
+        fingerprint: Fingerprint,
+    ) -> None:
+        """spawn(index) starts the worker of seat `index` and returns its handle, also for each replacement."""
         self.role = role
         self.replaced = 0
         self.busy_seconds = 0.0  # of all workers together, from sending a call to its answer
@@ -107,27 +82,46 @@ class Pool:
         self._workers: list[_Worker] = []
         self._queue: deque[_Task] = deque()
         self._pulse = Pulse(pump, config.pulse_timeout_s)
+        self._incidents = Incidents(config.replacement_window_s)
 
     def start(self) -> None:
         """Start all workers; returns at once."""
-        self._workers = [self._seat(index) for index in range(self._size)]
+        self._workers = [_Worker(index, node="") for index in range(self._size)]
+        for worker in self._workers:
+            self._seat(worker)
 
     def wait_ready(self) -> None:
-        """Until every worker's constructor is through and its code is seen to be the driver's. Raises RunError, at the latest at the deadline."""
+        """Wait until every worker is constructed and runs the driver's code, except those the pool goes on without.
+
+        Raises RunError, at the latest at the deadline.
+        """
         self._pump.run_until(
-            lambda: all(worker.info for worker in self._workers),
+            lambda: (
+                all(worker.info or worker.absent for worker in self._workers)
+                and any(worker.info for worker in self._workers)
+            ),
             timeout_s=self._config.ready_timeout_s * (1 + self._config.max_replacements),
             waiting_for=f"the {self.role} pool to start",
         )
 
-    def submit(self, work: Work) -> None:
-        """Queue work; it is sent as soon as a worker is idle."""
-        self._queue.append(_Task(work))
+    def submit(self, work: Work, *, first: bool = False) -> None:
+        """Queue work, `first` or last; it is sent as soon as a worker is idle."""
+        if first:
+            self._queue.appendleft(_Task(work))
+        else:
+            self._queue.append(_Task(work))
         self._dispatch()
 
+    def forgive(self, cause: object) -> None:
+        """Stop counting the workers that were lost over this cause: the deadly item is known and left out."""
+        self._incidents.forgive(cause)
+
     def drop_work(self) -> None:
-        """Nobody is called back any more for what was submitted so far. The workers live, and a busy one finishes what it is doing before it is
-        given new work; if it fails at that, it is replaced where it is lost or hangs, and nothing else happens."""
+        """Drop all work so far: nobody is called back for it.
+
+        The workers live on; a busy one finishes before it is given new work. If it is lost or hangs meanwhile, it is
+        replaced, and nothing else happens.
+        """
         self._queue.clear()
         for worker in self._workers:
             if worker.task is not None:
@@ -140,21 +134,31 @@ class Pool:
 
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
-        """Who is ready at this moment, in the order of the seats."""
+        """The workers that are ready, in the order of their seats."""
         return tuple(worker.info for worker in self._workers if worker.info)
 
+    @property
+    def absent(self) -> int:
+        """The number of workers that do not get ready, so that the pool goes on without them."""
+        return sum(worker.absent for worker in self._workers)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every worker is ready, except those the pool goes on without."""
+        return bool(self._workers) and all(worker.info or worker.absent for worker in self._workers)
+
     def close(self) -> None:
-        """Kill all workers and drop all work; nobody is called back any more."""
+        """Kill all workers and drop all work; nobody is called back."""
         self._queue.clear()
         for worker in self._workers:
             self._dismiss(worker)
         self._workers = []
 
-    def _seat(self, index: int) -> _Worker:
-        handle = self._spawn(index)
-        worker = _Worker(index, handle)
-        self._pulse.follow(self._name(worker), handle)
-        worker.call = handle.describe.remote()
+    def _seat(self, worker: _Worker) -> None:
+        """Start a process in an empty seat."""
+        worker.timer, worker.handle = None, self._spawn(worker.index)
+        self._pulse.follow(self._name(worker), worker.handle)
+        worker.call = worker.handle.describe.remote()
         self._pump.watch(
             worker.call,
             who=self._name(worker),
@@ -163,23 +167,45 @@ class Pool:
             on_done=lambda info: self._ready(worker, info),
             on_error=lambda error: self._start_failed(worker, error),
         )
-        return worker
 
     def _ready(self, worker: _Worker, info: WorkerInfo) -> None:
+        worker.call = None
         compare(self._fingerprint, info.fingerprint, self._name(worker))
         log.info("%s ready: pid %d on %s", self._name(worker), info.pid, info.node_ip)
-        worker.call, worker.info = None, info
+        worker.info, worker.node = info, info.node_ip
+        worker.failures, worker.absent = 0, False
         self._dispatch()
 
     def _start_failed(self, worker: _Worker, error: BaseException) -> None:
-        fault = classify(error)
-        if fault is Fault.EXPIRED:
-            remedy = "Raise cluster.ready_timeout_s if loading really takes that long."
-            raise RunError(self._name(worker), "start", f"not ready within {self._config.ready_timeout_s:g} s", remedy, fault) from error
-        decision = decide(fault, attempt=1, replaced=self.replaced, config=self._config)
-        if decision.stop:
-            raise self._stopped(worker, "start", decision.stop, fault, error) from error
-        self._replace(worker, "start", fault)
+        worker.call = None
+        fault, now = classify(error), time.monotonic()
+        worker.failing_since = worker.failing_since if worker.failures else now
+        worker.failures += 1
+        # Trying again to fill a seat that the pool does without costs the run nothing.
+        incidents = self._incidents.add(now, worker.node) if fault.of_a_process and not worker.absent else 0
+        others = sum(other is not worker and not other.absent for other in self._workers)
+        failing_s = now - worker.failing_since
+        restart = decide_start(
+            fault,
+            failures=worker.failures,
+            failing_s=failing_s,
+            incidents=incidents,
+            others=others > 0,
+            config=self._config,
+        )
+        if restart.stop:
+            if fault is Fault.EXPIRED:
+                remedy = "Raise cluster.ready_timeout_s if loading really takes that long."
+                raise RunError(self._name(worker), "start", restart.stop, remedy, fault) from error
+            raise self._stopped(worker, "start", restart.stop, fault, error) from error
+        if restart.absent and not worker.absent:
+            log.warning(
+                "%s did not get ready; the pool goes on with %d workers and tries again now and then",
+                self._name(worker),
+                others,
+            )
+        worker.absent = worker.absent or restart.absent
+        self._replace(worker, "start", fault, after_s=restart.after_s)
 
     def _dispatch(self) -> None:
         """Send queued work to idle workers, lowest seat first."""
@@ -187,12 +213,14 @@ class Pool:
             if not self._queue:
                 return
             if worker.info is not None and worker.call is None:
-                self._send(worker, self._queue.popleft())
+                self._send(worker, self._queue[0])
 
     def _send(self, worker: _Worker, task: _Task) -> None:
+        """Send the task at the head of the queue."""
         sent_at, work = time.monotonic(), task.work
         worker.call, *data = work.send(worker.handle, task.attempt)
         worker.task = task
+        self._queue.popleft()
 
         def done(report: Any) -> None:
             self.busy_seconds += time.monotonic() - sent_at
@@ -206,52 +234,85 @@ class Pool:
             self._failed(worker, task, error)
 
         timeout_s = self._config.call_timeout_s if work.timeout_s is None else work.timeout_s
-        self._pump.watch(worker.call, who=self._name(worker), phase=work.phase, timeout_s=timeout_s, on_done=done, on_error=failed)
+        self._pump.watch(
+            worker.call, who=self._name(worker), phase=work.phase, timeout_s=timeout_s, on_done=done, on_error=failed
+        )
 
     def _failed(self, worker: _Worker, task: _Task, error: BaseException) -> None:
-        """The worker still counts as busy while its owner is called back, so nothing that the owner submits there is sent to it."""
-        fault, work = classify(error), task.work
-        taken_back = not task.dropped and _take_back(work, fault)
-        decision = decide(fault, attempt=0 if taken_back or task.dropped else task.attempt, replaced=self.replaced, config=self._config)
-        if decision.stop:
+        """Deal with a failed call.
+
+        While its owner is called back the worker counts as busy, so that it is sent nothing new. Afterwards it does
+        not, whatever the owner raises: a run that recovers has work for it.
+        """
+        fault, replace = classify(error), False
+        try:
+            replace = self._settle(worker, task, fault, error)
+        finally:
+            worker.call = worker.task = None
+            if fault in (Fault.WORKER_LOST, Fault.EXPIRED):
+                worker.info = None  # nothing is sent to it any more, also where the run stops
+            if replace:
+                self._replace(worker, task.work.phase, fault)
+        self._dispatch()
+
+    def _settle(self, worker: _Worker, task: _Task, fault: Fault, error: BaseException) -> bool:
+        """Decide about the work of a failed call; returns whether to replace the worker.
+
+        Raises RunError when the run must stop.
+        """
+        work = task.work
+        taken_back = False
+        if fault is Fault.INPUT_LOST and work.on_input_lost is not None and not task.dropped:
+            work.on_input_lost()
+            taken_back = True
+        lost = fault in (Fault.WORKER_LOST, Fault.EXPIRED)
+        incidents = self._incidents.add(time.monotonic(), worker.node, work.cause) if lost else 0
+        attempt, attempts = (
+            0 if taken_back or task.dropped else task.attempt,
+            work.attempts or self._config.max_attempts,
+        )
+        decision = decide(fault, attempt=attempt, attempts=attempts, incidents=incidents, config=self._config)
+        dealt_with = decision.spent and work.on_spent is not None and work.on_spent(fault)
+        if decision.stop and not dealt_with:
             raise self._stopped(worker, work.phase, decision.stop, fault, error) from error
         if decision.requeue:
             self._queue.appendleft(_Task(work, task.attempt + 1))
             if work.on_retry is not None:
                 work.on_retry()
-        if decision.replace:
-            self._replace(worker, work.phase, fault)
-        else:
-            worker.call = worker.task = None
-        self._dispatch()
+        return decision.replace
 
-    def _replace(self, worker: _Worker, phase: str, fault: Fault) -> None:
-        """Seat a new worker in the place of one that is lost or hangs."""
+    def _replace(self, worker: _Worker, phase: str, fault: Fault, after_s: float = 0.0) -> None:
+        """Seat a new worker in place of one that is lost or hangs, at once or after a delay."""
         self.replaced += 1
         log.info("%s lost in '%s': %s", self._name(worker), phase, fault.value)
-        log.info("%s replaced, number %d of at most %d in its pool", self._name(worker), self.replaced, self._config.max_replacements)
+        log.info("%s replaced, number %d in its pool", self._name(worker), self.replaced)
         self._dismiss(worker)
-        self._workers[self._workers.index(worker)] = self._seat(worker.index)
+        new = _Worker(
+            worker.index,
+            worker.node,
+            failures=worker.failures,
+            failing_since=worker.failing_since,
+            absent=worker.absent,
+        )
+        self._workers[self._workers.index(worker)] = new
+        if after_s:
+            new.timer = self._pump.later(after_s, lambda: self._seat(new))
+        else:
+            self._seat(new)
 
     def _dismiss(self, worker: _Worker) -> None:
         import ray
 
+        if worker.timer is not None:
+            self._pump.cancel(worker.timer)
         if worker.call is not None:
             self._pump.forget(worker.call)
-        self._pulse.leave(self._name(worker))
-        ray.kill(worker.handle)
+        if worker.handle is not None:
+            self._pulse.leave(self._name(worker))
+            ray.kill(worker.handle)
 
     def _stopped(self, worker: _Worker, phase: str, reason: str, fault: Fault, error: BaseException) -> RunError:
-        output = f"Its output is in {worker.info.log_file}." if worker.info and worker.info.log_file else ""
-        return RunError(self._name(worker), phase, f"{reason}:\n{last_lines(error)}\n", output, fault)
+        return RunError(self._name(worker), phase, told(error, reason), fault=fault)
 
     def _name(self, worker: _Worker) -> str:
         return f"{self.role}[{worker.index}]"
-
-
-def _take_back(work: Work, fault: Fault) -> bool:
-    """Whether the owner deals with the fault itself."""
-    if fault is Fault.INPUT_LOST and work.on_input_lost is not None:
-        work.on_input_lost()
-        return True
-    return fault is Fault.EXPIRED and work.on_expired is not None and work.on_expired()

@@ -1,6 +1,6 @@
-"""The connection to Ray: joins the cluster there is, or starts a small local Ray for this run alone and removes it afterwards.
+"""The connection to Ray: a session joins a cluster, or starts a local Ray for this run and removes it afterwards.
 
-Left out: starting clusters of several machines (see clusters/ and kuberay/) and submitting jobs.
+Left out: starting clusters of several machines, and submitting jobs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -23,113 +23,202 @@ from typing import Any, Self
 from cluster.config import ClusterConfig
 from cluster.faults import RunError
 from cluster.handshake import Fingerprint, fingerprint
+from cluster.imports import job_config
 from cluster.placement import NodeResources, Placement, shortages, usable_cores
-from cluster.spawn import Placed
+from cluster.shared import FolderMark
+from cluster.signals import hang_up_blocked, postponed
+from cluster.spawn import Spawner
 
 log = logging.getLogger(__name__)
 
-_TOKEN = secrets.token_hex(32)  # one per process, since Ray remembers the first it sees
+_TOKEN = secrets.token_hex(32)  # one per process, because Ray keeps the first it sees
 
 _ENVIRONMENT = {
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of calls that nobody waits for any more; the pump reports all others
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # errors of abandoned calls; the pump reports all others
     "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",  # inherited by a local Ray: processes that share cores must not spin while they wait for each other
+    # inherited by a local Ray: processes that share cores must not spin while they wait for each other
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
-class Session:
-    """A context manager: inside it Ray is connected, after it whatever this session started is gone.
+def cluster_address(config: ClusterConfig) -> str:
+    """The address of the cluster that a run joins; "" if it starts a local Ray."""
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
 
-    Where the process is connected to Ray already, that connection is used and left alone.
+
+def check_address(address: str) -> None:
+    """Raises ValueError for an address that is neither `auto` nor host:port."""
+    if "://" in address:
+        raise ValueError(
+            f"cluster.address: must be auto or host:port, got {address!r}; to run from outside a cluster, use the "
+            "submit command"
+        )
+    host, _, port = address.rpartition(":")
+    if address != "auto" and not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
+        raise ValueError(f"cluster.address: must be auto or host:port, got {address!r}; such as 10.0.0.1:6379")
+
+
+class Session:
+    """Context manager: inside it Ray is connected; at its end everything that it started is removed.
+
+    If the process is connected to Ray already, that connection is used and left alone.
     """
 
-    def __init__(self, config: ClusterConfig, log_dir: Path, *, packages: Sequence[str], local_cpus: int = 0) -> None:
-        """packages: those whose sources every worker must have in common with the driver.
-        local_cpus: CPUs that a local Ray is to count, if the machine has fewer, so that more workers than cores can be placed there."""
+    def __init__(
+        self,
+        config: ClusterConfig,
+        log_dir: Path,
+        *,
+        packages: Sequence[str],
+        local_cpus: int = 0,
+        folder: Path | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """A session that is not connected yet.
+
+        packages: workers must have the same sources of these as the driver. local_cpus: CPUs that a local Ray counts at
+        least, so that more workers than cores can be placed. folder: the run folder, which every worker that is given
+        files in it must see; None: the parent of log_dir. check: called repeatedly during every wait; it ends the wait
+        by raising.
+        """
         self.fingerprint: Fingerprint = fingerprint(packages)
         self.packages = tuple(packages)
         self.log_dir = log_dir
+        self.check = check
+        self.scratch: Path | None = None  # removed at the end of the session; None on a joined cluster
         self._config = config
         self._local_cpus = local_cpus
         self._exit = contextlib.ExitStack()
         self._is_local = False
+        self._folder = folder or log_dir.parent
+        self.mark: FolderMark | None = None
 
     def __enter__(self) -> Self:
-        """Raises RunError when Ray does not answer within cluster.start_timeout_s; ValueError for an address of an unusable kind."""
+        """Raises RunError when Ray does not answer within cluster.start_timeout_s, ValueError for a bad address."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
         logging.getLogger("ray").setLevel(logging.ERROR)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import ray
 
-        if ray.is_initialized():
-            return self
-        address = self._config.address or os.environ.get("RAY_ADDRESS", "")
-        with contextlib.ExitStack() as undo:  # a start that fails half-way is undone at once, a good one at the end
-            if address and address != "local":
-                self._join(address, undo)
-            else:
-                self._start_local(undo)
-            self._exit = undo.pop_all()
+        try:
+            with postponed():
+                self.mark = FolderMark.leave(self._folder, self.log_dir)
+                self._exit.callback(self.mark.remove)
+            if not ray.is_initialized():
+                address = cluster_address(self._config)
+                if address:
+                    self._join(address, self._exit)
+                else:
+                    with postponed():
+                        self._start_local(self._exit)
+        except BaseException:  # a failed start is undone at once, a good one at the end
+            self.__exit__(None, None, None)
+            raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._exit.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with postponed():  # it takes bounded time, and half of it would leave processes and folders behind
+            self._exit.close()
 
     def nodes(self) -> list[NodeResources]:
-        """The living nodes and all that they have, whoever uses it at the moment."""
+        """The living nodes with their total resources, in use or not."""
         import ray
 
         resources = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
         return [NodeResources(name=name, cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0)) for name, has in resources]
 
-    def place(self, placement: Placement) -> Placed:
+    def place(self, placement: Placement) -> Spawner:
         """Reserve the bundles, close together where there is a choice.
 
-        Raises RunError: at once when they cannot fit a local Ray, on a cluster (which may be about to grow) after cluster.place_timeout_s.
+        Raises RunError: at once when they cannot fit a local Ray, on a cluster (which may be about to grow) after
+        cluster.place_timeout_s.
         """
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        self.preflight(placement)
-        group = placement_group([{"CPU": bundle.cpus, "GPU": bundle.gpus} for bundle in placement.bundles], strategy="PACK")
-        deadline = time.monotonic() + self._config.place_timeout_s
-        while not group.wait(timeout_seconds=min(1.0, self._config.place_timeout_s)):  # short waits, so that signals are served
-            if time.monotonic() > deadline:
-                remove_placement_group(group)
-                self._refuse(shortages(placement, self.nodes()) or [f"the nodes are large enough, but others use them; free are {_free_resources()}."])
-        return Placed(placement, group, log_dir=self.log_dir, packages=self.packages, pulse_timeout_s=self._config.pulse_timeout_s)
-
-    def preflight(self, placement: Placement) -> None:
-        """Raises RunError when the bundles cannot fit a local Ray, which cannot grow; a cluster may, so there `place` waits and then tells."""
         if self._is_local:
             self._refuse(shortages(placement, self.nodes()))
+        group = placement_group(
+            [{"CPU": bundle.cpus, "GPU": bundle.gpus} for bundle in placement.bundles], strategy="PACK"
+        )
+        deadline = time.monotonic() + self._config.place_timeout_s
+        try:
+            # short waits, so that signals are served
+            while not group.wait(timeout_seconds=min(1.0, self._config.place_timeout_s)):
+                self.check()
+                if time.monotonic() > deadline:
+                    self._refuse(
+                        shortages(placement, self.nodes())
+                        or [f"the nodes are large enough, but others use them; free are {_free_resources()}."]
+                    )
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        return self._spawner(placement, group)
+
+    def beside(self) -> Spawner:
+        """A spawner for processes on the driver's own node, without seats (`spawn_beside`)."""
+        return self._spawner(Placement(bundles=(), slots=()), None)
+
+    def preflight(self, placement: Placement) -> None:
+        """Raises RunError as `place` does when the bundles do not fit the nodes, whether these are in use or not.
+
+        A cluster that is too small is asked for the bundles, because it may grow; they are then released.
+        """
+        if shortages(placement, self.nodes()):
+            self.place(placement).remove()
+
+    def _spawner(self, placement: Placement, group: Any) -> Spawner:
+        return Spawner(
+            placement,
+            group,
+            log_dir=self.log_dir,
+            packages=self.packages,
+            pulse_timeout_s=self._config.pulse_timeout_s,
+            mark=self.mark,
+        )
 
     def _refuse(self, reasons: Sequence[str]) -> None:
         if reasons:
-            remedy = "" if self._is_local else "Where an autoscaler has yet to add nodes, raise cluster.place_timeout_s."
+            remedy = (
+                "" if self._is_local else "Where an autoscaler has yet to add nodes, raise cluster.place_timeout_s."
+            )
             raise RunError("cluster", "placement", " ".join(reasons), remedy)
 
     def _join(self, address: str, undo: contextlib.ExitStack) -> None:
-        if "://" in address:
-            raise ValueError(f"cluster.address: must be auto or host:port, got {address!r}; to run from outside a cluster, use the submit command")
+        check_address(address)
         started = time.monotonic()
         if address != "auto":
-            _await_listener(address, self._config.start_timeout_s)
+            _await_listener(address, self._config.start_timeout_s, self.check)
         self._connect(undo, max(1.0, self._config.start_timeout_s - (time.monotonic() - started)), address=address)
 
     def _start_local(self, undo: contextlib.ExitStack) -> None:
-        """A Ray of this run alone, in a folder of its own, that only the holder of the token can talk to."""
+        """Start a Ray for this run alone, in a folder of its own, protected by a token."""
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             os.environ["RAY_AUTH_TOKEN"] = _TOKEN
-        # A short path: sockets lie in it, and the name of a socket has at most 107 characters.
+        # A short path, because sockets lie in it, and a socket's path has at most 107 characters.
         temp_dir = Path(tempfile.mkdtemp(prefix="raylign-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
         undo.callback(_keep_logs_only, temp_dir, self.log_dir)
+        self.scratch = temp_dir
         cpus = max(usable_cores(), self._local_cpus)
-        self._connect(undo, self._config.start_timeout_s, address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(temp_dir))
+        self._connect(
+            undo,
+            self._config.start_timeout_s,
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _temp_dir=str(temp_dir),
+        )
         self._is_local = True
 
     def _connect(self, undo: contextlib.ExitStack, timeout_s: float, **options: Any) -> None:
-        """`ray.init` with a deadline, without a word on the terminal, and without its SIGTERM handler."""
+        """`ray.init` with a deadline, without output on the terminal, and without its SIGTERM handler.
+
+        A signal waits for its end: an interrupted start would leave processes behind, or crash the interpreter.
+        """
         import ray
 
         target = "a local Ray" if options["address"] == "local" else f"the Ray cluster at {options['address']}"
@@ -137,16 +226,22 @@ class Session:
         _log_cluster_messages(undo)
         undo.callback(ray.shutdown)
         try:
-            with _signals_kept(), _deadline(timeout_s, phase):
-                ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-        except (ConnectionError, ValueError, OSError, ray.exceptions.RayError) as error:
-            remedy = "" if options["address"] == "local" else "If the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+            with postponed(), hang_up_blocked(), _signals_kept(), _deadline(timeout_s, phase):
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, job_config=job_config(), **options)
+        except RunError:
+            raise
+        except Exception as error:  # a node that is slow to start is a plain Exception of Ray's
+            remedy = (
+                ""
+                if options["address"] == "local"
+                else "If the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+            )
             raise RunError("driver", phase, str(error), remedy) from error
 
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Put the SIGTERM handler back, which `ray.init` replaces: how to stop is the run's own affair."""
+    """Restore the SIGTERM handler, which `ray.init` replaces; the run handles SIGTERM itself."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -159,8 +254,11 @@ def _signals_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deadline(timeout_s: float, phase: str) -> Iterator[None]:
-    """Raise RunError out of the block after `timeout_s`. By an alarm, since what Ray starts dies with the thread that started it;
-    hence without effect outside the main thread, where Ray's own limits of about a minute remain."""
+    """Raise RunError out of the block after `timeout_s`.
+
+    It uses an alarm, because Ray's processes die with the thread that started them. So it has no effect outside the
+    main thread, where Ray's own limits of about a minute remain.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -173,32 +271,42 @@ def _deadline(timeout_s: float, phase: str) -> Iterator[None]:
     try:
         yield
     finally:
-        rest_s = max(0.001, left_s - (time.monotonic() - started)) if left_s else 0.0  # of an alarm that somebody else had set
+        # the rest of an alarm that somebody else had set
+        rest_s = max(0.001, left_s - (time.monotonic() - started)) if left_s else 0.0
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, rest_s, interval_s)
 
 
-def _await_listener(address: str, timeout_s: float) -> None:
-    """Until something listens at host:port; Ray itself would try for longer than anybody wants to wait."""
+def _await_listener(address: str, timeout_s: float, check: Callable[[], None] = lambda: None) -> None:
+    """Wait until something listens at host:port; Ray itself would try for too long."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"cluster.address: must be auto or host:port, got {address!r}")
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=max(0.1, deadline - time.monotonic())).close()
+            socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=max(0.1, deadline - time.monotonic())
+            ).close()
             return
         except OSError as error:
             if time.monotonic() + 0.5 > deadline:
                 remedy = "Check cluster.address or RAY_ADDRESS, and that the head node is up."
-                raise RunError("driver", f"connecting to the Ray cluster at {address}", f"nobody answers within {timeout_s:g} s ({error})", remedy) from error
+                raise RunError(
+                    "driver",
+                    f"connecting to the Ray cluster at {address}",
+                    f"nobody answers within {timeout_s:g} s ({error})",
+                    remedy,
+                ) from error
+        check()
         time.sleep(0.5)
 
 
 def _log_cluster_messages(undo: contextlib.ExitStack) -> None:
-    """Ray prints what the cluster tells all drivers (a worker died, an autoscaler event) on standard output, whatever log_to_driver says.
-    What matters of it reaches the run as an error of a call, so it goes to the log. A private hook of Ray 2.60, held by a test."""
+    """Send Ray's messages to all drivers (a worker died, an autoscaler event) to the log.
+
+    Ray prints them on standard output, whatever log_to_driver says; what matters reaches the run as an error of a call.
+    This uses a private hook of Ray 2.60, which a test checks.
+    """
     import ray._private.worker as ray_worker
 
     def to_log(data: dict[str, Any], ignore_prefix: bool) -> None:
@@ -209,14 +317,14 @@ def _log_cluster_messages(undo: contextlib.ExitStack) -> None:
 
 
 def _keep_logs_only(temp_dir: Path, log_dir: Path) -> None:
-    """Move the logs of a local Ray that has ended to log_dir/ray (ray-2, ... for later starts of the run), then remove its folder."""
+    """Move the logs of an ended local Ray to log_dir/ray (ray-2, ... for later starts), then remove its folder."""
     target, count = log_dir / "ray", 1
     while target.exists():
         count += 1
         target = log_dir / f"ray-{count}"
     for session in temp_dir.glob("session_[0-9]*"):
         if (session / "logs").is_dir() and not target.exists():
-            with contextlib.suppress(OSError):  # the disk may be what is full, which must not hide what the run ended with
+            with contextlib.suppress(OSError):  # a full disk must not hide the error that ended the run
                 shutil.move(session / "logs", target)
     shutil.rmtree(temp_dir, ignore_errors=True)  # a process of Ray may write its last line this very moment
     if temp_dir.exists():

@@ -1,33 +1,43 @@
-"""A folder whose files survive: each is written whole, flushed to the disk and checksummed, and is believed again only if it is what was written.
+"""A folder whose files survive: each is written whole, flushed to the disk and checksummed.
 
-Local folders and, through fsspec, any filesystem it knows (`s3://`, `gs://`, `memory://`). Locally a file appears by an atomic rename; on
-an object store an upload is atomic in itself. Left out: what the files mean, and retries, which fsspec's filesystems have of their own.
+Local folders and, through fsspec, any filesystem that it knows (`s3://`, `gs://`, `memory://`). Locally a file appears
+by an atomic rename; on an object store an upload is atomic in itself. Left out: the meaning of the files, and retries,
+which fsspec's filesystems have of their own.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 24  # bytes read at once for a checksum
+_LOOK_S = 0.2  # between two looks for a file that another machine has written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFile:
-    """What a file was when it was written. checksum: xxh3-128 of its bytes, hexadecimal."""
+    """A file as it was written. checksum: xxh3-128 of its bytes, in hexadecimal."""
 
     name: str
     size: int
     checksum: str
 
 
+def draft_of(target: Path) -> Path:
+    """The path under which a file is written before it gets its name; different for any two processes."""
+    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
 class Folder:
-    """A folder by path or URL. Nothing is created before something is written into it."""
+    """A folder by path or URL, created when the first file is written into it."""
 
     def __init__(self, url: str | Path) -> None:
         from fsspec.core import url_to_fs
@@ -39,14 +49,18 @@ class Folder:
         self.is_local = isinstance(self._fs, LocalFileSystem)
 
     def folder(self, name: str) -> Folder:
-        """A folder in this one, existing or not."""
+        """A folder in this one, which need not exist."""
         return Folder(f"{self.url.rstrip('/')}/{name}")
 
     def folders(self) -> list[str]:
-        """Names of the folders in this one, sorted; none where it does not exist."""
+        """Names of the folders in this one, sorted; empty if it does not exist."""
         if not self._fs.isdir(self._root):
             return []
-        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._root, detail=True) if entry["type"] == "directory")
+        return sorted(
+            entry["name"].rstrip("/").rpartition("/")[2]
+            for entry in self._fs.ls(self._root, detail=True)
+            if entry["type"] == "directory"
+        )
 
     def exists(self, name: str) -> bool:
         return bool(self._fs.isfile(self._path(name)))
@@ -56,13 +70,14 @@ class Folder:
         self.write_file(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def read_text(self, name: str) -> str:
-        """Raises OSError where there is none, UnicodeDecodeError where it is no text."""
+        """The text of a file. Raises OSError if there is none, UnicodeDecodeError if it is not UTF-8."""
         return str(self._fs.cat_file(self._path(name)).decode("utf-8"))
 
     def write_file(self, name: str, write: Callable[[Path], object]) -> StoredFile:
-        """`write(path)` makes a file of this machine. Afterwards it is in this folder, whole and on the disk; until then, what was there before.
+        """Write a file whole: `write(path)` makes it under a local path, then it replaces the old one.
 
-        Raises whatever `write` raises, and OSError; nothing is left of the attempt then.
+        Afterwards it is on the disk. Raises OSError and whatever `write` raises; then the old file is still there, and
+        nothing is left of the attempt.
         """
         if not self.is_local:
             with tempfile.TemporaryDirectory(prefix="raylign-upload-") as folder:
@@ -74,7 +89,7 @@ class Folder:
             return stored
         target = Path(self._path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        draft = draft_of(target)
         try:
             write(draft)
             stored = _flushed(draft, name)
@@ -86,7 +101,7 @@ class Folder:
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[Path]:
-        """The file as one of this machine, for as long as the block runs; a remote one is fetched first."""
+        """Inside, a local path of the file; a remote file is fetched first."""
         if self.is_local:
             yield Path(self._path(name))
             return
@@ -95,22 +110,36 @@ class Folder:
             yield Path(folder) / "file"
 
     def stored(self, name: str) -> StoredFile:
-        """What a file is now, its checksum included. Raises OSError where there is none."""
+        """A file as it is now, with its checksum. Raises OSError if there is none."""
         path = self._path(name)
         with self._fs.open(path, "rb") as file:
             return StoredFile(name=name, size=int(self._fs.size(path)), checksum=_checksum(file))
 
     def damage(self, stored: StoredFile) -> str:
-        """What is wrong with a file that was written as `stored`, in words; "" when it is what it was."""
-        path = self._path(stored.name)
-        if not self._fs.isfile(path):
-            return f"{stored.name} is missing"
-        size = self._fs.size(path)
-        if size != stored.size:
-            return f"{stored.name} has {size} bytes, must have {stored.size}"
-        with self._fs.open(path, "rb") as file:
+        """The damage to a file that was written as `stored`, in words; "" if it is unchanged."""
+        if problem := self._missing(stored):
+            return problem
+        with self._fs.open(self._path(stored.name), "rb") as file:
             found = _checksum(file)
-        return "" if found == stored.checksum else f"{stored.name} has other bytes than were written (checksum {found}, must be {stored.checksum})"
+        return (
+            ""
+            if found == stored.checksum
+            else f"{stored.name} has other bytes than were written (checksum {found}, must be {stored.checksum})"
+        )
+
+    def unseen(self, files: Sequence[StoredFile], within_s: float) -> str:
+        """The first problem with files that another process says it wrote here; "" if each is there with its size.
+
+        It looks for up to `within_s` seconds, because a network filesystem may show a new file late. Contents are not
+        read; `damage` does that.
+        """
+        deadline = time.monotonic() + within_s
+        while problem := next(filter(None, map(self._missing, files)), ""):
+            if time.monotonic() > deadline:
+                return problem
+            time.sleep(_LOOK_S)
+            self._fs.invalidate_cache()
+        return ""
 
     def remove(self) -> None:
         """Delete the folder and all in it, if it is there."""
@@ -122,8 +151,24 @@ class Folder:
         if self.exists(name):
             self._fs.rm_file(self._path(name))
 
+    def _missing(self, stored: StoredFile) -> str:
+        path = self._path(stored.name)
+        if not self._fs.isfile(path):
+            return f"{stored.name} is missing"
+        size = self._fs.size(path)
+        return "" if size == stored.size else f"{stored.name} has {size} bytes, must have {stored.size}"
+
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
+
+
+def files_in(folder: Path) -> tuple[StoredFile, ...]:
+    """Every file in a local folder and below it, with its present size and without a checksum."""
+    return tuple(
+        StoredFile(name=path.relative_to(folder).as_posix(), size=path.stat().st_size, checksum="")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    )
 
 
 def _flushed(path: Path, name: str) -> StoredFile:
@@ -133,7 +178,7 @@ def _flushed(path: Path, name: str) -> StoredFile:
 
 
 def _flush_folder(folder: Path) -> None:
-    """A new name is on the disk once its folder is."""
+    """Flush a folder: only then is a new name in it on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,14 @@
-"""`python -m pipeline`, the same as `raylign`."""
+"""`python -m pipeline` is `raylign`, from whichever folder."""
 
-from pipeline.cli import main
+import sys
+from pathlib import Path
+
+# Python looks in the current folder first, and packages called `actors` or `cluster` there are the user's.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+try:
+    from pipeline.cli import main
+finally:
+    del sys.path[0]
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

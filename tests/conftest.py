@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,34 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from cluster import imports
 from cluster.config import ClusterConfig
 from cluster.session import Session
+from forked_workers import forked_workers
 from random_inputs import QUICK
 
 TESTS = Path(__file__).resolve().parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models, for which more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: tiny models, for which more threads only wait for each other
+)
 # Ray's workers inherit this: they import the sources, and the classes that tests define, as pytest does.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+)
 
 settings.register_profile(QUICK, max_examples=30)
 
 ACTORS = "tests/test_actors_"  # the files whose tests share a pair of gloo ranks and need no Ray
-LONGEST = ("test_pipeline_resume", "test_pipeline_run", "test_pipeline_job", "test_pipeline_driver", "test_pipeline_bad_input")
+LONGEST = (
+    "test_pipeline_resume",
+    "test_pipeline_run",
+    "test_pipeline_job",
+    "test_pipeline_driver",
+    "test_pipeline_bad_input",
+)
 
 
 def pytest_configure() -> None:
@@ -42,7 +55,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Workers take the tests file by file, since a file's tests share fixtures; all files of the actors count as one."""
+    """Workers take the tests file by file, since a file's tests share fixtures; all files of the actors
+    count as one.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):  # type: ignore[misc]
@@ -52,16 +67,55 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+@pytest.fixture(autouse=True)
+def _forget_user_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A module that one test wrote and imported must not be what the next test finds under the same name, nor the
+    folder that it lay in be looked into.
+    """
+    before, written = set(sys.modules), str(tmp_path_factory.getbasetemp())
+    path, roots = list(sys.path), list(imports._roots)
+    yield
+    sys.path[:], imports._roots[:] = path, roots
+    for name in sys.modules.keys() - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(written):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seats_are_given_back() -> Iterator[None]:
+    """What a file's tests have killed in the middle may keep its seats, and the next file counts them."""
+    yield
+    if "ray" not in sys.modules:
+        return
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    if ray.is_initialized():
+        for name, group in placement_group_table().items():
+            if group["state"] != "REMOVED":
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+
+
 @pytest.fixture(scope="session")
 def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     """One local Ray for all tests; it counts 16 CPUs, whatever the machine has."""
-    with Session(ClusterConfig(address="local", start_timeout_s=180), tmp_path_factory.mktemp("log"), packages=("cluster",), local_cpus=16) as session:
+    with (
+        forked_workers(),
+        Session(
+            ClusterConfig(address="local", start_timeout_s=180),
+            tmp_path_factory.mktemp("log"),
+            packages=("cluster",),
+            local_cpus=16,
+        ) as session,
+    ):
         yield session
 
 
 @pytest.fixture(scope="session")
 def tiny_model_factory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny_model_factory(layers=, width=, seed=): a folder with a random GPT-2 and a byte-level tokenizer in Hugging Face format."""
+    """tiny_model_factory(layers=, width=, seed=): a folder with a random GPT-2 and a byte-level tokenizer in Hugging
+    Face format.
+    """
 
     def make(*, layers: int = 2, width: int = 32, seed: int = 0) -> Path:
         import torch

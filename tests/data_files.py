@@ -30,7 +30,10 @@ def pairs(count: int) -> list[dict[str, Any]]:
 
 def write(path: Path, rows: list[Any]) -> str:
     """One JSON a line; a row of bytes or text as it is. The path as a recipe has it."""
-    lines = [row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode() for row in rows]
+    lines = [
+        row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
+        for row in rows
+    ]
     content = b"".join(line + b"\n" for line in lines)
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return str(path)

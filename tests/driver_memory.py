@@ -1,4 +1,5 @@
-"""Prints how much the driver's peak memory grows, in MB, when a step has ten times the tokens, and when somebody fetches them.
+"""Prints how much the driver's peak memory grows, in MB, when a step has ten times the tokens, and when somebody
+fetches them.
 
 A process of its own, so that the peak is the driver's and nobody else's. Run: python tests/driver_memory.py FOLDER
 """
@@ -13,7 +14,8 @@ import pyarrow as pa
 from cluster.config import ClusterConfig
 from cluster.session import Session
 from driver_setup import config, fake_driver
-from pipeline.driver import Driver
+from forked_workers import forked_workers
+from pipeline.loop.driver import Driver
 
 
 def peak_mb() -> float:
@@ -28,7 +30,11 @@ class Fetching(Driver):
     def learn(self, assembled):  # type: ignore[no-untyped-def]
         import ray
 
-        lists = [column.combine_chunks().flatten() for column in ray.get(assembled.experience, timeout=60).columns if column.type == pa.list_(pa.float32())]
+        lists = [
+            column.combine_chunks().flatten()
+            for column in ray.get(assembled.experience, timeout=60).columns
+            if column.type == pa.list_(pa.float32())
+        ]
         self.kept = [values.to_numpy().copy() for values in lists]
         return super().learn(assembled)
 
@@ -41,7 +47,11 @@ def run(session: Session, folder: Path, length: int) -> float:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    with Session(ClusterConfig(address="local"), folder / "log", packages=("cluster", "actors", "pipeline"), local_cpus=8) as session:
+    packages = ("cluster", "actors", "pipeline")
+    with (
+        forked_workers(),
+        Session(ClusterConfig(address="local"), folder / "log", packages=packages, local_cpus=8) as session,
+    ):
         once = run(session, folder / "once", length=300)
         tenfold = run(session, folder / "tenfold", length=3000)
         import driver_setup

@@ -1,7 +1,8 @@
 """`python -m pipeline ARGUMENTS` as a user's shell runs it, and what came of it.
 
-An interpreter that starts and imports what a command needs takes longer than most commands, so they are forked from one that has done so already.
-From the arguments to the exit code all else is as it is in a process of its own, which `raylign_afresh` starts.
+An interpreter that starts and imports what a command needs takes longer than most commands, so they are forked from one
+that has done so already. From the arguments to the exit code all else is as it is in a process of its own, which
+`raylign_afresh` starts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NOWHERE = ("--cluster.address", "127.0.0.1:1", "--cluster.start-timeout-s", "1")  # should a run begin after all, it ends here
-_PARSING = ("pipeline.plan", "pipeline.tasks.walks", "rich.console", "tyro")  # none of them is heavy: see test_imports
+# should a run begin after all, it ends here
+NOWHERE = (
+    "--cluster.address",
+    "127.0.0.1:1",
+    "--cluster.start-timeout-s",
+    "1",
+)
+# none of them is heavy: see test_imports
+_PARSING = (
+    "pipeline.plan.plan",
+    "pipeline.tasks.walks",
+    "rich.console",
+    "tyro",
+)
+_RUNNING = (
+    "actors.models.causal_lm",
+    "pipeline.run.replay",
+    "pipeline.run.start",
+    "transformers.models.gpt2.modeling_gpt2",
+)
 
 _FORK = """
 import importlib, json, os, runpy, sys, traceback
@@ -65,16 +84,30 @@ class Interpreter:
     def __init__(self, *modules: str) -> None:
         self._told = tempfile.TemporaryDirectory()
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen([sys.executable, "-c", _FORK, *modules], stdin=pipe, stdout=pipe, env=_environment(), text=True, cwd=self._told.name)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _FORK, *modules],
+            stdin=pipe,
+            stdout=pipe,
+            env=_environment(),
+            text=True,
+            cwd=self._told.name,
+        )
 
     def run(self, *arguments: str, cwd: Path, **environment: str) -> Said:
         """`python -m pipeline ARGUMENTS` in the folder `cwd`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         told = Path(self._told.name)
-        self._process.stdin.write(json.dumps({"arguments": arguments, "cwd": str(cwd), "environment": environment, "told": f"{told}/"}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"arguments": arguments, "cwd": str(cwd), "environment": environment, "told": f"{told}/"}) + "\n"
+        )
         self._process.stdin.flush()
         code = int(self._process.stdout.readline())
-        return Said(out=(told / "out").read_text(), err=(told / "err").read_text(), code=code, imported=set((told / "modules").read_text().split()))
+        return Said(
+            out=(told / "out").read_text(),
+            err=(told / "err").read_text(),
+            code=code,
+            imported=set((told / "modules").read_text().split()),
+        )
 
     def close(self) -> None:
         self._process.kill()  # to end by itself would take it seconds
@@ -83,16 +116,21 @@ class Interpreter:
 
 
 @functools.cache
-def _parser() -> Interpreter:
-    """For commands that end before anything heavy is imported, or do not care."""
-    interpreter = Interpreter(*_PARSING)
+def _interpreter(*modules: str) -> Interpreter:
+    """One for the whole session, with these modules."""
+    interpreter = Interpreter(*modules)
     atexit.register(interpreter.close)
     return interpreter
 
 
 def raylign(*arguments: str, cwd: Path, **environment: str) -> Said:
-    """`python -m pipeline ARGUMENTS` in the folder `cwd`, forked."""
-    return _parser().run(*arguments, cwd=cwd, **environment)
+    """`python -m pipeline ARGUMENTS` in the folder `cwd`, forked before anything heavy is imported."""
+    return _interpreter(*_PARSING).run(*arguments, cwd=cwd, **environment)
+
+
+def raylign_warm(*arguments: str, cwd: Path, **environment: str) -> Said:
+    """The same, forked from an interpreter that has imported torch and a model already, but not Ray."""
+    return _interpreter(*_RUNNING).run(*arguments, cwd=cwd, **environment)
 
 
 def raylign_afresh(*arguments: str, cwd: Path) -> Said:

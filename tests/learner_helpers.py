@@ -1,4 +1,6 @@
-"""What the learner's tests share: a tiny model, made-up experience, two plain objectives, and a gang of real gloo processes."""
+"""What the learner's tests share: a tiny model, made-up experience, two plain objectives, and a gang of real gloo
+processes.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,17 @@ import torch
 from torch import Tensor
 
 from actors.config import LearnerConfig
-from actors.deepspeed_engine import _import_deepspeed
 from actors.device import assigned_compute
 from actors.experience import Comparisons, Experience
-from actors.learner import Learner, UpdatePlan, UpdateReport
+from actors.learner.deepspeed_engine import _import_deepspeed
+from actors.learner.learner import Learner, LearnerSpec, UpdatePlan, UpdateReport
+from actors.learner.micro_batches import Batch, Rows
+from actors.learner.trainees.base import Trainee
+from actors.learner.trainees.critic import CriticTrainee
+from actors.learner.trainees.policy import PolicyTrainee
+from actors.learner.trainees.reward_model import RewardModelTrainee
+from actors.models.reward_model import Preference
 from actors.objective import ActionTokens
-from actors.reward_model import Preference
 
 STAGES = (0, 1, 2, 3)
 VOCABULARY = 96
@@ -43,7 +50,15 @@ def save_tiny_model(folder: Path, *, seed: int = 0, width: int = 32) -> str:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=width, n_layer=2, n_head=1 if width % 2 else 2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=width,
+        n_layer=2,
+        n_head=1 if width % 2 else 2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,7 +78,11 @@ class PolicyGradient:
     def policy_loss(self, logprobs: Tensor, entropy: Tensor, batch: ActionTokens) -> tuple[Tensor, dict[str, Tensor]]:
         loss = -torch.exp(logprobs - batch.proximal_logprobs) * batch.advantages
         poisoned = torch.sqrt(logprobs - logprobs.detach())  # 0 with an infinite slope
-        loss = torch.where(batch.advantages == POISON, poisoned, loss) if bool((batch.advantages == POISON).any()) else loss
+        loss = (
+            torch.where(batch.advantages == POISON, poisoned, loss)
+            if bool((batch.advantages == POISON).any())
+            else loss
+        )
         return loss, {"entropy": entropy, "advantage": batch.advantages}
 
 
@@ -123,43 +142,52 @@ def replace(table: pa.Table, name: str, values: object) -> pa.Table:
 
 
 def make_comparisons(rows: int = 7, *, seed: int = 0, sizes: Sequence[int] = (2, 3)) -> pa.Table:
-    """Two or three texts of one prompt, end of text 0; a better one has more of the small words, and every other row has a margin."""
+    """Two or three texts of one prompt, end of text 0; a better one has more of the small words, and every other row
+    has a margin.
+    """
     rng = np.random.default_rng(seed)
 
     def ranking(size: int) -> list[list[int]]:
         prompt = rng.integers(1, VOCABULARY, rng.integers(1, 6)).tolist()
-        return [[*prompt, *rng.integers(1, VOCABULARY // (size - i), rng.integers(2, 10)).tolist(), 0] for i in range(size)]
+        return [
+            [*prompt, *rng.integers(1, VOCABULARY // (size - i), rng.integers(2, 10)).tolist(), 0] for i in range(size)
+        ]
 
-    return Comparisons.of_texts([ranking(sizes[i % len(sizes)]) for i in range(rows)], [0.5 * (i % 2) for i in range(rows)]).table
+    return Comparisons.of_texts(
+        [ranking(sizes[i % len(sizes)]) for i in range(rows)], [0.5 * (i % 2) for i in range(rows)]
+    ).table
+
+
+TRAINEES: dict[str, Trainee[Any]] = {
+    "policy": PolicyTrainee(objective=PolicyGradient(), temperature=0.9),
+    "critic": CriticTrainee(objective=SquaredError()),
+    "reward": RewardModelTrainee(objective=Preference()),
+}
 
 
 def make_learner(
     path: str,
     config: LearnerConfig,
     *,
-    role: Any = "policy",
+    trainee: str | Trainee[Any] = "policy",
     rank: int = 0,
     ranks: int = 1,
     port: int = 0,
     timeout_s: float = 60.0,
-    reference: str = "",
 ) -> Learner:
-    objectives: dict[str, Any] = {"policy": PolicyGradient(), "critic": SquaredError(), "reward": Preference()}
-    learner = Learner(
-        role=role,
-        rank=rank,
-        ranks=ranks,
-        path=path,
-        config=config,
-        temperature=0.9,
-        objective=objectives[role],
-        total_updates=1000,
-        seed=0,
-        timeout_s=timeout_s,
-        reference=reference,
-    )
+    """A connected learner of this trainee, or of the one of `TRAINEES` with that name."""
+    trainee = TRAINEES[trainee] if isinstance(trainee, str) else trainee
+    spec = LearnerSpec(trainee=trainee, path=path, config=config, total_updates=1000, seed=0)
+    learner = Learner(spec=spec, rank=rank, ranks=ranks, timeout_s=timeout_s)
     learner.connect("127.0.0.1", port or free_port())
     return learner
+
+
+def actions_of(batch: Batch, rows: Rows) -> ActionTokens:
+    """What a policy's or a critic's objective is told of these rows."""
+    trainee = TRAINEES["policy"]
+    assert isinstance(trainee, PolicyTrainee)
+    return trainee.actions(batch, rows)
 
 
 def plan(*, step: int = 0, epochs: int = 2, minibatches: int = 2, aggregation: Any = "token_mean") -> UpdatePlan:
@@ -184,9 +212,13 @@ class Gang:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
         self._port = free_port()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["actors.learner.learner", "transformers.models.gpt2.modeling_gpt2"])
         pairs = [context.Pipe() for _ in range(ranks)]
-        self.processes = [context.Process(target=_serve, args=(theirs, rank, ranks, self._port), daemon=True) for rank, (_, theirs) in enumerate(pairs)]
+        self.processes = [
+            context.Process(target=_serve, args=(theirs, rank, ranks, self._port), daemon=True)
+            for rank, (_, theirs) in enumerate(pairs)
+        ]
         self._pipes = [ours for ours, _ in pairs]
         for process in self.processes:
             process.start()
@@ -223,7 +255,8 @@ def gang_of(ranks: int) -> Iterator[Gang]:
 def pair() -> Gang:
     """Two ranks that serve every test of the session: processes are daemons, and end with it."""
     gang = Gang(2)
-    gang.run(_awake, timeout_s=240.0)  # what two processes import takes long on a busy machine, and is no test's to wait for
+    # what two processes import takes long on a busy machine, and is no test's to wait for
+    gang.run(_awake, timeout_s=240.0)
     return gang
 
 
@@ -240,10 +273,17 @@ class Trained:
 
 
 def train(
-    rank: int, ranks: int, port: int, path: str, config: LearnerConfig, experiences: list[pa.Table], plans: list[UpdatePlan], role: Any = "policy"
+    rank: int,
+    ranks: int,
+    port: int,
+    path: str,
+    config: LearnerConfig,
+    experiences: list[pa.Table],
+    plans: list[UpdatePlan],
+    trainee: str | Trainee[Any] = "policy",
 ) -> Trained:
     """A fresh learner after these updates; weights on rank 0 only."""
-    learner = make_learner(path, config, role=role, rank=rank, ranks=ranks, port=port)
+    learner = make_learner(path, config, trainee=trainee, rank=rank, ranks=ranks, port=port)
     reports = [learner.update(experience, plan) for experience, plan in zip(experiences, plans, strict=True)]
     return Trained(reports=reports, weights=weights_of(learner) or {})
 
@@ -253,7 +293,8 @@ def train_on(ranks: int, *arguments: Any) -> Trained:
     if ranks == 1:
         return train(0, 1, 0, *arguments)
     results = pair().run(train, *arguments)
-    first, second = (repr([dataclasses.replace(r, seconds=0) for r in result.reports]) for result in results)  # repr: a NaN equals itself
+    # repr: a NaN equals itself
+    first, second = (repr([dataclasses.replace(r, seconds=0) for r in result.reports]) for result in results)
     assert first == second
     return results[0]
 

@@ -1,4 +1,6 @@
-"""What tests of whole runs share: a small recipe, running it, breaking it off, and the comparison of two runs to the bit."""
+"""What tests of whole runs share: a small recipe, running it, breaking it off, and the comparison of two runs to the
+bit.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,25 @@ from actors.experience import Experience
 from cluster.config import ClusterConfig
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.shaping import ShapingConfig
-from pipeline.checkpoint import Commit
-from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig
-from pipeline.observe.metrics import is_repeatable
+from pipeline.config.recipe import save
+from pipeline.config.run_config import RunConfig
+from pipeline.config.sections import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig
+from pipeline.folder.run_folder import RunFolder
+from pipeline.loop.commits import Commit
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4
 
 
+def is_repeatable(name: str) -> bool:
+    """Whether a metric is a function of the recipe alone; the others measure time, or what the run went through."""
+    return not name.startswith(("time/", "incident/")) and name != "rollout/tokens_per_second"
+
+
 def recipe(**changes: Any) -> RunConfig:
-    """PPO with critic, reference, an adaptive KL controller, the learner's own log-probs and shaped rewards on two-layer walks, a commit every two steps."""
+    """PPO with critic, reference, an adaptive KL controller, the learner's own log-probs and shaped rewards on
+    two-layer walks, a commit every two steps.
+    """
     config = RunConfig(
         task="walks",
         steps=STEPS,
@@ -37,7 +49,9 @@ def recipe(**changes: Any) -> RunConfig:
         finetune=FinetuneConfig(epochs=1, learner=TrainingConfig(learning_rate=3e-3, micro_batch_size=32)),
         batch=BatchConfig(prompts=16, epochs=2, minibatches=2, max_prompt_tokens=1),
         algorithm=PPO(kl_coef=0.05, kl_target=0.01, kl_horizon=100, decoupled=True, importance_cap=2.0),
-        shaping=ShapingConfig(missing_eos="add", eos_penalty=-0.25, overlong_tokens=4, overlong_penalty=0.25, whiten="scale"),
+        shaping=ShapingConfig(
+            missing_eos="add", eos_penalty=-0.25, overlong_tokens=4, overlong_penalty=0.25, whiten="scale"
+        ),
         sampling=SamplingConfig(max_new_tokens=9),
         rollout=RolloutConfig(chunk_size=8, slots=8),
         policy=LearnerConfig(learning_rate=1e-3),
@@ -46,6 +60,14 @@ def recipe(**changes: Any) -> RunConfig:
         cluster=ClusterConfig(cpus_per_bundle=1, peer_timeout_s=10),
     )
     return config.model_copy(update=changes)
+
+
+def new_run(path: Path, config: RunConfig) -> RunFolder:
+    """The folder of a run that has begun and done nothing yet."""
+    folder = RunFolder.take(path)
+    save(config, path / "config.toml")
+    folder.begin(config, from_step=0)
+    return folder
 
 
 def both(**settings: Any) -> dict[str, LearnerConfig]:
@@ -75,9 +97,11 @@ def learning(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def assert_same(run_dir: Path, whole: Path, *, reissued: bool = False, metrics: bool = True) -> None:
-    """Master weights, moments and step counters of policy and critic, the driver's state, metrics, experience, exported policy, evaluation.
+    """Master weights, moments and step counters of policy and critic, the driver's state, metrics, experience, exported
+    policy, evaluation.
 
-    reissued: samples may have been given to another worker, so that one number of the account may differ. metrics: compare them.
+    reissued: samples may have been given to another worker, so that one number of the account may differ. metrics:
+    compare them.
     """
     ours, theirs = final_commit(run_dir), final_commit(whole)
     assert ours.shards == theirs.shards, "the checksums of every rank's shard"
@@ -88,10 +112,18 @@ def assert_same(run_dir: Path, whole: Path, *, reissued: bool = False, metrics: 
         assert ours.state == theirs.state
         assert not metrics or learning(run_dir) == learning(whole)
     for step in range(ours.state.step):
-        a, b = (Experience.read(run / "experience" / f"step={step}" / "experience.parquet").table for run in (run_dir, whole))
+        a, b = (
+            Experience.read(run / "experience" / f"step={step}" / "experience.parquet").table
+            for run in (run_dir, whole)
+        )
         assert a.equals(b)
-    assert (run_dir / "policy" / "model.safetensors").read_bytes() == (whole / "policy" / "model.safetensors").read_bytes()
-    found, expected = (json.loads((run / "evaluation.json").read_text()) | {"baseline": "named from elsewhere"} for run in (run_dir, whole))
+    assert (run_dir / "policy" / "model.safetensors").read_bytes() == (
+        whole / "policy" / "model.safetensors"
+    ).read_bytes()
+    found, expected = (
+        json.loads((run / "evaluation.json").read_text()) | {"baseline": "named from elsewhere"}
+        for run in (run_dir, whole)
+    )
     assert found == expected
 
 
@@ -104,6 +136,11 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pipeline", *arguments]
 
 
+def forked_command(*arguments: str) -> list[str]:
+    """The same, but its workers are forked from a process that has imported the libraries."""
+    return [sys.executable, str(ROOT / "tests" / "forked_workers.py"), "run", *arguments]
+
+
 def environment() -> dict[str, str]:
     """Of a user who has no Ray running."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -111,8 +148,18 @@ def environment() -> dict[str, str]:
 
 def await_log(run_dir: Path, text: str, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
     """Wait for a line in the run's log."""
-    log, deadline = run_dir / "log" / "driver.log", time.monotonic() + timeout_s
-    while not (log.is_file() and text in log.read_text()):
+    await_that(lambda: says(run_dir / "log" / "driver.log", text), process, timeout_s)
+
+
+def await_that(holds: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 200) -> None:
+    """Wait for something while a process runs."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"no {text!r} within {timeout_s} s"
+        assert time.monotonic() < deadline, f"it has not come within {timeout_s} s"
         time.sleep(0.05)
+
+
+def says(file: Path, text: str) -> bool:
+    """Whether that stands in a file, which need not be there yet."""
+    return file.is_file() and text in file.read_text()

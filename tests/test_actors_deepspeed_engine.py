@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from actors.config import LearnerConfig
-from actors.deepspeed_engine import _assert_settings
+from actors.learner.deepspeed_engine import _assert_settings
+from actors.learner.learner import Learner, LearnerSpec
+from actors.learner.trainees.policy import PolicyTrainee
 from learner_helpers import (
     POISON,
     STAGES,
     Gang,
-    Learner,
     PolicyGradient,
     gang_of,
     make_experience,
@@ -38,7 +39,12 @@ DTYPES = ("float32", "bfloat16")
 
 
 BAD = [
-    pytest.param(value, dtype, stage, marks=[] if (value, dtype, stage) in ((POISON, "float32", 3), (POISON, "bfloat16", 1)) else pytest.mark.slow)
+    pytest.param(
+        value,
+        dtype,
+        stage,
+        marks=[] if (value, dtype, stage) in ((POISON, "float32", 3), (POISON, "bfloat16", 1)) else pytest.mark.slow,
+    )
     for value in (POISON, float("nan"))
     for dtype in DTYPES
     for stage in STAGES
@@ -55,7 +61,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def poisoned(value: float) -> pa.Table:
-    """One rollout of eight has one token that poisons its rank's gradient: POISON with a finite loss, NaN with a NaN one."""
+    """One rollout of eight has one token that poisons its rank's gradient: POISON with a finite loss, NaN with a NaN
+    one.
+    """
     table = make_experience(8, seed=2)
     rows = table["advantages"].to_pylist()
     rows[3][-1] = value
@@ -63,7 +71,9 @@ def poisoned(value: float) -> pa.Table:
 
 
 @pytest.mark.parametrize(("value", "dtype", "stage"), BAD)
-def test_a_bad_gradient_on_one_rank_is_skipped_on_all_and_leaves_no_trace(value: float, dtype: str, stage: int, path: str) -> None:
+def test_a_bad_gradient_on_one_rank_is_skipped_on_all_and_leaves_no_trace(
+    value: float, dtype: str, stage: int, path: str
+) -> None:
     settings, clean = config(zero_stage=stage, dtype=dtype), make_experience(8, seed=3)
     course = [plan(step=i, epochs=1, minibatches=1) for i in range(3)]
     untouched = train_on(2, path, settings, [poisoned(value)], course[:1])
@@ -73,7 +83,13 @@ def test_a_bad_gradient_on_one_rank_is_skipped_on_all_and_leaves_no_trace(value:
     assert all(torch.equal(tensor, start[name]) for name, tensor in untouched.weights.items())
     # Skipped before, between and after clean steps: what the clean ones do is the same to the bit.
     tables = [clean, poisoned(value), clean]
-    mixed = train_on(2, path, settings, [poisoned(value), *tables, poisoned(value)], [course[0], course[1], course[0], course[2], course[0]])
+    mixed = train_on(
+        2,
+        path,
+        settings,
+        [poisoned(value), *tables, poisoned(value)],
+        [course[0], course[1], course[0], course[2], course[0]],
+    )
     alone = train_on(2, path, settings, [clean, clean], course[1:])
     assert [r.skipped for r in mixed.reports] == [1, 0, 1, 0, 1]
     assert [r.grad_norm for r in mixed.reports if r.updates] == [r.grad_norm for r in alone.reports]
@@ -88,7 +104,8 @@ def test_finite_gradients_whose_norm_overflows_float32_do_no_harm(stage: int, dt
     course = plan(epochs=1, minibatches=1)
     got = train_on(2, path, config(zero_stage=stage, dtype=dtype), [poisoned(1e30)], [course])
     [report] = got.reports
-    assert (report.updates, report.skipped) == ((1, 0) if stage == 3 else (0, 1))  # ZeRO-3 alone takes the norm in float64, and clips
+    # ZeRO-3 alone takes the norm in float64, and clips
+    assert (report.updates, report.skipped) == ((1, 0) if stage == 3 else (0, 1))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in got.weights.values())
 
 
@@ -103,7 +120,12 @@ def test_a_finite_loss_with_an_infinite_gradient_is_what_poison_is(path: str) ->
 def test_settings_that_decide_the_numbers_are_read_back(stage: int, dtype: str, path: str) -> None:
     learner = make_learner(path, config(zero_stage=stage, dtype=dtype, max_grad_norm=0.25))
     engine = learner._engine._engine
-    for wrong in ({"max_grad_norm": 1.0}, {"zero_stage": (stage + 1) % 4}, {"adam_epsilon": 1e-8}, {"dtype": DTYPES[dtype == "float32"]}):
+    for wrong in (
+        {"max_grad_norm": 1.0},
+        {"zero_stage": (stage + 1) % 4},
+        {"adam_epsilon": 1e-8},
+        {"dtype": DTYPES[dtype == "float32"]},
+    ):
         settings = {"zero_stage": stage, "dtype": dtype, "max_grad_norm": 0.25} | wrong
         with pytest.raises(AssertionError, match=r"asked for|AdamW runs with"):
             _assert_settings(engine, config(**settings), 1)
@@ -120,8 +142,15 @@ learner = make_learner({path!r}, LearnerConfig(zero_stage=1))
 print("updates", learner.update(make_experience(6), plan(epochs=1, minibatches=1)).updates)
 """
     extensions = tmp_path / "extensions"
-    environment = {"PATH": str(tmp_path / "nothing"), "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    environment = {
+        "PATH": str(tmp_path / "nothing"),
+        "HOME": str(tmp_path),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "updates 1\n", "stdout belongs to the caller; DeepSpeed's own words go to stderr"
     assert not extensions.exists() or not list(extensions.rglob("*.so")), "nothing may be compiled"
@@ -178,6 +207,24 @@ def deadlines(rank: int, ranks: int, port: int, path: str) -> list[float]:
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in c10d._world.pg_map]
 
 
+@pytest.mark.slow
+def test_ranks_that_rightly_differ_wait_for_each_other_beyond_the_deadline_of_a_collective(path: str) -> None:
+    """Rank 1 takes longer to load its model, then rank 0 to write: each by more than a collective may take, and with
+    ZeRO 3 the next thing is one.
+    """
+    assert pair().run(uneven, path) == [(1, True), (1, True)]
+
+
+def uneven(rank: int, ranks: int, port: int, path: str) -> tuple[int, bool]:
+    time.sleep(4 * (rank == 1))
+    began = time.monotonic()
+    learner = make_learner(path, config(zero_stage=3), rank=rank, ranks=ranks, port=port, timeout_s=3.0)
+    met_late = rank == 1 or time.monotonic() - began > 3.0
+    time.sleep(4 * (rank == 0))
+    learner.await_peers()
+    return learner.update(make_experience(4), plan(epochs=1, minibatches=1)).updates, met_late
+
+
 def test_a_process_group_that_exists_is_taken_over(path: str) -> None:
     with gang_of(1) as gang:
         wrong, updates, timeouts = gang.run(take_over, path)[0]
@@ -191,10 +238,9 @@ def take_over(rank: int, ranks: int, port: int, path: str) -> tuple[str, int, li
     from torch.distributed import distributed_c10d as c10d
 
     def learner(rank: int, ranks: int) -> Learner:
-        return Learner(
-            role="policy", rank=rank, ranks=ranks, path=path, config=config(zero_stage=2), temperature=1.0,
-            objective=PolicyGradient(), total_updates=1, seed=0, timeout_s=17.0,
-        )  # fmt: skip
+        trainee = PolicyTrainee(objective=PolicyGradient())
+        spec = LearnerSpec(trainee=trainee, path=path, config=config(zero_stage=2), total_updates=1, seed=0)
+        return Learner(spec=spec, rank=rank, ranks=ranks, timeout_s=17.0)
 
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     with pytest.raises(AssertionError) as wrong:
@@ -202,4 +248,8 @@ def take_over(rank: int, ranks: int, port: int, path: str) -> tuple[str, int, li
     ours = learner(rank, ranks)
     ours.connect()
     report = ours.update(make_experience(4), plan(epochs=1, minibatches=1))
-    return str(wrong.value), report.updates, [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in c10d._world.pg_map]
+    return (
+        str(wrong.value),
+        report.updates,
+        [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in c10d._world.pg_map],
+    )

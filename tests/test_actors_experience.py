@@ -25,6 +25,9 @@ ROLLOUT = {
     "turn_starts": "list<item: int32>",
     "option": "list<item: int16>",
     "option_logprobs": "list<item: float>",
+    "option_features": "list<item: float>",
+    "options_offered": "list<item: bool>",
+    "last_features": "list<item: float>",
     "finish": "string",
     "metadata": "string",
 }
@@ -47,7 +50,13 @@ def columns(kind: Kind, rows: int = 2) -> dict[str, object]:
 
 def addresses(table: pa.Table) -> set[int]:
     """Where the table's buffers begin in memory; a list column's offsets and values each have one of their own."""
-    return {buffer.address for column in table.columns for chunk in column.chunks for buffer in chunk.buffers() if buffer is not None}
+    return {
+        buffer.address
+        for column in table.columns
+        for chunk in column.chunks
+        for buffer in chunk.buffers()
+        if buffer is not None
+    }
 
 
 def declared(kind: Kind) -> dict[str, str]:
@@ -57,11 +66,21 @@ def declared(kind: Kind) -> dict[str, str]:
 def test_the_declared_columns() -> None:
     assert declared(Prompts) == {"group_id": "int64", "tokens": "list<item: int32>", "metadata": "string"}
     assert declared(Rollouts) == ROLLOUT
-    assert declared(Scores) == {"sample_id": "int64", "reward": "float", "turn_rewards": "list<item: float>", "status": "string", "detail": "string"}
+    assert declared(Scores) == {
+        "sample_id": "int64",
+        "reward": "float",
+        "turn_rewards": "list<item: float>",
+        "status": "string",
+        "detail": "string",
+    }
     assert declared(TokenLogprobs) == {"sample_id": "int64", "logprobs": "list<item: float>"}
     assert declared(TokenValues) == {"sample_id": "int64", "values": "list<item: float>"}
     per_token = ("proximal_logprobs", "reference_logprobs", "values", "advantages", "returns")
-    assert declared(Experience) == ROLLOUT | {"reward": "float", "turn_rewards": "list<item: float>"} | dict.fromkeys(per_token, "list<item: float>")
+    assert declared(Experience) == ROLLOUT | {
+        "reward": "float",
+        "turn_rewards": "list<item: float>",
+        "turn_advantages": "list<item: float>",
+    } | dict.fromkeys(per_token, "list<item: float>")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,6 +89,9 @@ def test_every_column_is_required_and_no_other_is_taken(kind: Kind) -> None:
     assert len(kind.of(good)) == 2
     for field in kind.schema:
         rest = {name: column for name, column in good.items() if name != field.name}
+        if field.name in kind.may_be_empty:
+            assert kind.of(rest).table[field.name].to_pylist() == [[], []]
+            continue
         with pytest.raises(ValueError, match=rf"^{kind.__name__}: column '{field.name}' is missing; it must have \['"):
             kind.of(rest)
         with pytest.raises(ValueError, match=rf"^{kind.__name__}: column '{field.name}' is missing"):
@@ -96,7 +118,9 @@ def test_every_column_refuses_another_type_and_nulls(kind: Kind) -> None:
         with pytest.raises(ValueError, match=rf"^{column}: must have no nulls, got 1"):
             kind(good.set_column(number, field.name, null))
         if pa.types.is_list(field.type):
-            inside = pa.chunked_array([pa.array([EXAMPLE[str(field.type)]], field.type), pa.array([[None, None]], field.type)])
+            inside = pa.chunked_array(
+                [pa.array([EXAMPLE[str(field.type)]], field.type), pa.array([[None, None]], field.type)]
+            )
             with pytest.raises(ValueError, match=rf"^{column}: must have no nulls, got 2"):
                 kind(good.set_column(number, field.name, inside))
 
@@ -107,7 +131,9 @@ def test_a_null_outside_a_slice_is_none_of_its_business() -> None:
 
 
 def test_a_nan_is_a_number_not_a_null() -> None:
-    failed = Scores.of({"sample_id": [1], "reward": [float("nan")], "turn_rewards": [[]], "status": ["timeout"], "detail": ["1 s"]})
+    failed = Scores.of(
+        {"sample_id": [1], "reward": [float("nan")], "turn_rewards": [[]], "status": ["timeout"], "detail": ["1 s"]}
+    )
     assert np.isnan(failed.table["reward"].to_numpy()).tolist() == [True]
 
 
@@ -132,7 +158,11 @@ def test_columns_of_different_lengths_are_refused() -> None:
 
 def test_the_order_of_columns_is_fixed_and_none_is_doubled() -> None:
     table = Prompts.of(columns(Prompts)).table
-    with pytest.raises(ValueError, match=r"^Prompts: columns must be \['group_id', 'tokens', 'metadata'\], each once and in this order, got \['tokens'"):
+    with pytest.raises(
+        ValueError,
+        match=r"^Prompts: columns must be \['group_id', 'tokens', 'metadata'\], each once and in this order, got "
+        r"\['tokens'",
+    ):
         Prompts(table.select(["tokens", "group_id", "metadata"]))
     with pytest.raises(ValueError, match="each once and in this order"):
         Prompts(table.append_column("tokens", table["tokens"]))
@@ -143,8 +173,16 @@ def test_columns_come_as_lists_numpy_arrays_or_arrow_arrays() -> None:
     tokens = [[1, 2], [3]]
     ways = [
         {"group_id": [4, 5], "tokens": tokens, "metadata": ["a", "b"]},
-        {"group_id": np.array([4, 5]), "tokens": [np.array(row) for row in tokens], "metadata": np.array(["a", "b"], object)},
-        {"group_id": pa.array([4, 5]), "tokens": pa.chunked_array([[tokens[0]], [tokens[1]]], pa.list_(pa.int32())), "metadata": pa.array(["a", "b"])},
+        {
+            "group_id": np.array([4, 5]),
+            "tokens": [np.array(row) for row in tokens],
+            "metadata": np.array(["a", "b"], object),
+        },
+        {
+            "group_id": pa.array([4, 5]),
+            "tokens": pa.chunked_array([[tokens[0]], [tokens[1]]], pa.list_(pa.int32())),
+            "metadata": pa.array(["a", "b"]),
+        },
     ]
     first, *others = (Prompts.of(way).table for way in ways)
     assert all(first.equals(other) for other in others)
@@ -204,7 +242,15 @@ def test_parquet_round_trip(kind: Kind, rows: int, tmp_path: Path) -> None:
 
 
 def test_parquet_of_sliced_and_concatenated_tables(tmp_path: Path) -> None:
-    a = Scores.of({"sample_id": [0, 1, 2], "reward": [0, 1, 2], "turn_rewards": [[], [1], [1, 1]], "status": ["ok"] * 3, "detail": [""] * 3})
+    a = Scores.of(
+        {
+            "sample_id": [0, 1, 2],
+            "reward": [0, 1, 2],
+            "turn_rewards": [[], [1], [1, 1]],
+            "status": ["ok"] * 3,
+            "detail": [""] * 3,
+        }
+    )
     mixed = Scores.concat([a.slice(2), a.slice(0, 2)])
     mixed.write(tmp_path / "x.parquet")
     assert Scores.read(tmp_path / "x.parquet").table["sample_id"].to_pylist() == [2, 0, 1]
@@ -220,7 +266,9 @@ def test_a_file_of_another_schema_is_refused_by_file_and_column(tmp_path: Path) 
     with pytest.raises(ValueError, match=rf"^{path}: TokenValues: column 'note' is not declared"):
         TokenValues.read(path)
     pq.write_table(pa.table({"sample_id": [0, 1], "values": pa.array([[1.0], [2.0]])}), path)
-    with pytest.raises(ValueError, match=rf"^{path}: TokenValues\.values: must be list<item: float>, got list<.*: double>"):
+    with pytest.raises(
+        ValueError, match=rf"^{path}: TokenValues\.values: must be list<item: float>, got list<.*: double>"
+    ):
         TokenValues.read(path)
     pq.write_table(pa.table({"sample_id": [0, 1], "values": pa.array([[1.0], [None]], pa.list_(pa.float32()))}), path)
     with pytest.raises(ValueError, match=rf"^{path}: TokenValues\.values: must have no nulls, got 1"):
@@ -245,8 +293,12 @@ MARKED = [[False, False, False, True, False, False, True]]
 def test_comparisons_by_hand() -> None:
     table = Comparisons.of(PAIR | {"action_mask": MARKED}).table
     assert {field.name: str(field.type) for field in table.schema} == {
-        "sample_id": "int64", "tokens": "list<item: int32>", "action_mask": "list<item: bool>", "segment_starts": "list<item: int32>", "margin": "float",
-    }  # fmt: skip
+        "sample_id": "int64",
+        "tokens": "list<item: int32>",
+        "action_mask": "list<item: bool>",
+        "segment_starts": "list<item: int32>",
+        "margin": "float",
+    }
     made = Comparisons.of_texts([[[11, 12, 40, 2], [11, 50, 2]], [[1, 2], [3, 2], [4, 5, 2]]], [0.5, 0]).table
     assert made.drop(["sample_id"])[:1].to_pylist() == table.drop(["sample_id"]).to_pylist()
     assert made["segment_starts"].to_pylist() == [[0, 4], [0, 2, 4]]
@@ -268,13 +320,19 @@ def test_comparisons_are_kept_by_slices_files_and_empty_tables(tmp_path: Path) -
         ({"segment_starts": [[0]]}, r"segment_starts: must begin at least two texts, got \[0\] in row 1"),
         ({"segment_starts": [[]]}, r"segment_starts: must begin at least two texts, got \[\] in row 1"),
         ({"segment_starts": [[1, 4]]}, r"segment_starts: must begin with 0, got \[1, 4\] in row 1"),
-        ({"segment_starts": [[0, 1]]}, r"segment_starts: must ascend within tokens, each text of at least two tokens, got \[0, 1\] in row 1"),
+        (
+            {"segment_starts": [[0, 1]]},
+            r"segment_starts: must ascend within tokens, each text of at least two tokens, got \[0, 1\] in row 1",
+        ),
         ({"segment_starts": [[0, 6]]}, r"segment_starts: must ascend within tokens"),
         ({"segment_starts": [[0, 9]]}, r"segment_starts: must ascend within tokens"),
         ({"segment_starts": [[0, 4, 2]]}, r"segment_starts: must ascend within tokens"),
         ({"action_mask": [[False, True]]}, r"action_mask: must be aligned with tokens"),
         ({"action_mask": [[False] * 7]}, r"action_mask: must mark each text's last token alone"),
-        ({"action_mask": [[False, False, True, True, False, False, True]]}, r"action_mask: must mark each text's last token alone"),
+        (
+            {"action_mask": [[False, False, True, True, False, False, True]]},
+            r"action_mask: must mark each text's last token alone",
+        ),
         ({"margin": [float("nan")]}, r"margin: must be finite, got nan in row 1"),
         ({"margin": [float("inf")]}, r"margin: must be finite, got inf in row 1"),
     ],

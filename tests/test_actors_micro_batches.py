@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import ragged
-from actors.micro_batches import Batch, deal, in_row_order, minibatches
-from learner_helpers import make_experience, replace, rollouts_of
+from actors.learner.micro_batches import Batch, deal, in_row_order, minibatches
+from learner_helpers import actions_of, make_experience, replace, rollouts_of
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,9 @@ def test_more_minibatches_than_rows_are_refused() -> None:
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 9))
-def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(lengths: list[int], ranks: int, size: int) -> None:
+def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(
+    lengths: list[int], ranks: int, size: int
+) -> None:
     rows = np.arange(len(lengths))
     shares = deal(rows, np.asarray(lengths), ranks=ranks, micro_batch_size=size)
     assert len({len(share) for share in shares}) == 1, "unequal counts hang ZeRO 2 and 3"
@@ -78,7 +80,10 @@ def golden() -> pa.Table:
         "tokens": [[11, 12, 13, 14], [21, 22, 23, 24, 25]],
         "action_mask": [[False, False, True, True], [False, True, False, True, True]],
         "advantages": [[0, 0, 1.5, 2.5], [0, 3.5, 0, 4.5, 5.5]],
-        **{name: [[0.0] * 4, [0.0] * 5] for name in ("logprobs", "proximal_logprobs", "reference_logprobs", "values", "returns")},
+        **{
+            name: [[0.0] * 4, [0.0] * 5]
+            for name in ("logprobs", "proximal_logprobs", "reference_logprobs", "values", "returns")
+        },
     }
     for name, values in columns.items():
         table = replace(table, name, values)
@@ -87,8 +92,10 @@ def golden() -> pa.Table:
 
 def test_a_micro_batch_by_hand() -> None:
     batch, chosen = Batch(golden(), CPU), np.asarray([1, 0])
-    inputs, actions = batch.inputs(chosen), batch.actions(chosen)
-    assert inputs.input_ids.tolist() == [[21, 22, 23, 24], [11, 12, 13, 14]], "the longest row's last token is never a state"
+    inputs, actions = batch.inputs(chosen), actions_of(batch, chosen)
+    assert inputs.input_ids.tolist() == [[21, 22, 23, 24], [11, 12, 13, 14]], (
+        "the longest row's last token is never a state"
+    )
     assert inputs.targets.tolist() == [22, 24, 25, 13, 14]
     assert inputs.states.tolist() == [0, 2, 3, 5, 6]
     assert actions.row.tolist() == [0, 0, 0, 1, 1]
@@ -99,7 +106,7 @@ def test_a_micro_batch_by_hand() -> None:
 def test_aligned_puts_numbers_back_where_their_tokens_are() -> None:
     batch = Batch(golden(), CPU)
     micro = [np.asarray([1]), np.asarray([0])]
-    parts = [batch.aligned(rows, batch.actions(rows).advantages) for rows in micro]
+    parts = [batch.aligned(rows, actions_of(batch, rows).advantages) for rows in micro]
     rows, column = in_row_order(micro, parts)
     assert rows.tolist() == [0, 1]
     assert column.to_pylist() == [[0, 0, 1.5, 2.5], [0, 3.5, 0, 4.5, 5.5]]
@@ -110,7 +117,7 @@ def test_any_cut_and_order_restores_every_column() -> None:
     batch = Batch(table, CPU)
     for ranks, size in ((1, 1), (1, 13), (2, 3), (3, 4)):
         micro = [m for share in deal(np.arange(13), batch.lengths, ranks=ranks, micro_batch_size=size) for m in share]
-        rows, column = in_row_order(micro, [batch.aligned(m, batch.actions(m).returns) for m in micro])
+        rows, column = in_row_order(micro, [batch.aligned(m, actions_of(batch, m).returns) for m in micro])
         assert rows.tolist() == list(range(13))
         assert column.to_pylist() == table.column("returns").to_pylist()
 
@@ -119,7 +126,7 @@ def test_a_slice_of_a_table_is_read_as_it_stands() -> None:
     whole, part = make_experience(9), make_experience(9).slice(4, 3)
     a, b = Batch(whole, CPU), Batch(part, CPU)
     assert torch.equal(a.inputs(np.asarray([5, 6])).targets, b.inputs(np.asarray([1, 2])).targets)
-    assert torch.equal(a.actions(np.asarray([5])).advantages, b.actions(np.asarray([1])).advantages)
+    assert torch.equal(actions_of(a, np.asarray([5])).advantages, actions_of(b, np.asarray([1])).advantages)
 
 
 def test_flat_columns_of_one_chunk_are_views() -> None:

@@ -8,12 +8,25 @@ from typing import Any
 import pytest
 import torch
 
-from actors.generation.slots import ATTENTION, register_attention
-from actors.model import PolicyModel, TokenInputs, context_of, load_causal_lm
+from actors.engine.slots import ATTENTION, register_attention
+from actors.models.causal_lm import PolicyModel, TokenInputs, context_of, load_causal_lm
 
-WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+WIDE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "bert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "is_decoder": True},
+    "bert": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "is_decoder": True,
+    },
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
     "cohere": WIDE,
     "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -23,17 +36,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": WIDE | {"logits_scaling": 8.0},
     "llama": WIDE,
     "mistral": WIDE,
-    "opt": {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
     "qwen2": WIDE | {"tie_word_embeddings": True},
 }
-HEAD = r"^model\.path: must be a causal language model whose logits are its output head of its final hidden states, got .* \(family {}\), {}; choose a model"
+HEAD = (
+    r"^model\.path: must be a causal language model whose logits are its output head of its final hidden states, got "
+    r".* \(family {}\), {}; choose a model"
+)
 
 
 def save(family: str, folder: Path, **changes: Any) -> str:
     """A random causal LM with weights large enough for logits of a visible size."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = CONFIG_MAPPING[family](**{"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0} | FAMILIES[family] | changes)
+    config = CONFIG_MAPPING[family](
+        **{"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0} | FAMILIES[family] | changes
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -46,7 +70,9 @@ def save(family: str, folder: Path, **changes: Any) -> str:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "falcon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("untie_head", [False, True], ids=["", "untied"])
-def test_what_is_taken_has_the_log_probs_of_its_own_logits(family: str, dtype: torch.dtype, untie_head: bool, tmp_path: Path) -> None:
+def test_what_is_taken_has_the_log_probs_of_its_own_logits(
+    family: str, dtype: torch.dtype, untie_head: bool, tmp_path: Path
+) -> None:
     model = load_causal_lm(save(family, tmp_path), dtype, untie_head=untie_head)
     assert model.config._attn_implementation == "sdpa" and not model.training
     ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -68,7 +94,9 @@ def test_a_family_that_changes_its_logits_is_refused(family: str, attention: str
 
 def test_a_soft_cap_is_seen_where_it_hardly_shows(tmp_path: Path) -> None:
     """Logits of 0.3 and a cap of 30: a gap of 1e-5, which training would widen."""
-    model: Any = load_causal_lm(save("gemma2", tmp_path, initializer_range=0.004, final_logit_softcapping=None), torch.float32)
+    model: Any = load_causal_lm(
+        save("gemma2", tmp_path, initializer_range=0.004, final_logit_softcapping=None), torch.float32
+    )
     with torch.no_grad():
         assert model(torch.arange(4)[None]).logits.abs().max() < 0.6
     with pytest.raises(ValueError, match="family gemma2"):
@@ -77,12 +105,19 @@ def test_a_soft_cap_is_seen_where_it_hardly_shows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["bloom", "gpt_neo"])
 def test_a_family_without_sdpa_is_refused(family: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^model\.path: must be .* a causal language model that runs with sdpa attention, got .*: (Bloom|GPTNeo)ForCausalLM"):
+    with pytest.raises(
+        ValueError,
+        match=r"^model\.path: must be .* a causal language model that runs with sdpa attention, got .*: "
+        r"(Bloom|GPTNeo)ForCausalLM",
+    ):
         load_causal_lm(save(family, tmp_path), torch.float32, attention=ATTENTION)
 
 
 def test_a_config_without_a_context_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^model\.path: must have max_position_embeddings in its config, got .* \(family bloom\); choose"):
+    with pytest.raises(
+        ValueError,
+        match=r"^model\.path: must have max_position_embeddings in its config, got .* \(family bloom\); choose",
+    ):
         context_of(save("bloom", tmp_path))
     assert context_of(save("gpt2", tmp_path)) == 64
 
@@ -90,8 +125,15 @@ def test_a_config_without_a_context_is_refused(tmp_path: Path) -> None:
 def test_an_attention_of_one_s_own_is_set_after_the_check(tmp_path: Path) -> None:
     register_attention()
     model = load_causal_lm(save("llama", tmp_path), torch.float32, attention=ATTENTION)
-    assert model.config._attn_implementation == model.base_model.layers[0].self_attn.config._attn_implementation == ATTENTION
-    with pytest.raises(ValueError, match=r"^model\.path: must be of a family whose attention can be replaced, got .* \(family falcon\); choose"):
+    assert (
+        model.config._attn_implementation
+        == model.base_model.layers[0].self_attn.config._attn_implementation
+        == ATTENTION
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^model\.path: must be of a family whose attention can be replaced, got .* \(family falcon\); choose",
+    ):
         load_causal_lm(save("falcon", tmp_path), torch.float32, attention=ATTENTION)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import tiny_models
-from actors.generation import packed
-from actors.generation.packed import PackedLinear, pack_linears
-from actors.model import load_causal_lm
+from actors.device import packs_bfloat16
+from actors.engine import packed_weights as packed
+from actors.engine.packed_weights import PackedLinear, pack_linears
+from actors.models.causal_lm import load_causal_lm
 
 
 def conv1d(inputs: int, outputs: int) -> Any:
@@ -23,7 +24,13 @@ def conv1d(inputs: int, outputs: int) -> Any:
     return layer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+UNPACKED = pytest.mark.skipif(
+    not packs_bfloat16(),
+    reason="oneDNN packs no bfloat16 weights on this CPU (no AVX-512), and the program asks it for none",
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=UNPACKED)], ids=str)
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("build", [nn.Linear, conv1d, lambda i, o: nn.Linear(i, o, bias=False)])
 @torch.inference_mode()
@@ -36,7 +43,9 @@ def test_products_equal_those_of_the_layer(build: Any, gelu: bool, dtype: torch.
         expected = layer.float()(rows.float())
         expected = nn.functional.gelu(expected, approximate="tanh") if gelu else expected
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(PackedLinear(layer.to(dtype), gelu=gelu)(rows).float(), expected, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(
+            PackedLinear(layer.to(dtype), gelu=gelu)(rows).float(), expected, atol=tolerance, rtol=tolerance
+        )
 
 
 def test_a_changed_weight_is_packed_again() -> None:
@@ -69,3 +78,17 @@ def test_small_float32_layers_stay_as_they_are(tmp_path: Path) -> None:
     model = load_causal_lm(str(tiny_models.save_gpt2(tmp_path)), torch.float32)
     pack_linears(model)
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("packs", [False, pytest.param(True, marks=UNPACKED)])
+def test_bfloat16_layers_are_packed_only_where_the_cpu_can(
+    packs: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "packs_bfloat16", lambda: packs)
+    model, ids = load_causal_lm(str(tiny_model), torch.bfloat16), torch.arange(8)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        pack_linears(model)
+        after = model(ids).logits
+    assert any(isinstance(m, PackedLinear) for m in model.modules()) == packs
+    torch.testing.assert_close(after, before, atol=0.02, rtol=0.02)

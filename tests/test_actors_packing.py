@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny_models
-from actors.micro_batches import Batch, share_out
-from actors.model import PolicyModel, load_causal_lm
-from actors.packing import block_causal, check_packing, first_fit, side_by_side
+from actors.learner.micro_batches import Batch, share_out
+from actors.models.causal_lm import PolicyModel, load_causal_lm
+from actors.models.packing import block_causal, check_packing, first_fit, side_by_side
 from learner_helpers import make_experience, replace
 from test_actors_model import save
 
@@ -25,11 +25,15 @@ CPU = torch.device("cpu")
 def test_first_fit_by_hand() -> None:
     lengths = np.asarray([4, 8, 1, 4, 2, 1, 12])
     bins = first_fit(np.asarray([0, 1, 2, 3, 4, 5, 6]), lengths, 10)
-    assert [b.tolist() for b in bins] == [[6], [1, 4], [0, 3, 2, 5]], "the longest first, each where it first fits; 12 > 10 is alone"
+    assert [b.tolist() for b in bins] == [[6], [1, 4], [0, 3, 2, 5]], (
+        "the longest first, each where it first fits; 12 > 10 is alone"
+    )
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 60), st.integers(1, 3), st.integers(1, 4))
-def test_every_row_is_on_one_line_that_is_not_too_long(lengths: list[int], capacity: int, ranks: int, size: int) -> None:
+def test_every_row_is_on_one_line_that_is_not_too_long(
+    lengths: list[int], capacity: int, ranks: int, size: int
+) -> None:
     sizes, rows = np.asarray(lengths), np.arange(len(lengths))[::-1]
     shares = share_out(rows, sizes, ranks=ranks, micro_batch_size=size, pack_tokens=capacity)
     assert len({len(share) for share in shares}) == 1, "unequal counts hang ZeRO 2 and 3"
@@ -41,7 +45,9 @@ def test_every_row_is_on_one_line_that_is_not_too_long(lengths: list[int], capac
         lines += [micro.rows[micro.line == line] for line in np.unique(micro.line)]
     assert all(sizes[line].sum() <= capacity or len(line) == 1 for line in lines)
     everywhere = share_out(rows, sizes, ranks=1, micro_batch_size=1, pack_tokens=capacity)[0]
-    assert sorted(line.tolist() for line in lines) == sorted(micro.rows.tolist() for micro in everywhere), "the lines do not depend on the ranks"
+    assert sorted(line.tolist() for line in lines) == sorted(micro.rows.tolist() for micro in everywhere), (
+        "the lines do not depend on the ranks"
+    )
 
 
 def test_side_by_side_by_hand() -> None:
@@ -84,7 +90,10 @@ def test_a_change_in_one_sequence_does_not_reach_its_neighbours(model: PolicyMod
     tokens = table["tokens"].to_pylist()
     tokens[1] = [(token + 7) % 90 for token in tokens[1]]
     counts = [sum(mask) for mask in table["action_mask"].to_pylist()]
-    before, after = (logprobs(model, Batch(t, CPU), [0, 1, 2], [0, 0, 0]).split(counts) for t in (table, replace(table, "tokens", tokens)))
+    before, after = (
+        logprobs(model, Batch(t, CPU), [0, 1, 2], [0, 0, 0]).split(counts)
+        for t in (table, replace(table, "tokens", tokens))
+    )
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[2], after[2])
     assert float((before[1] - after[1]).abs().max()) > 0.1
@@ -103,7 +112,11 @@ def test_actions_are_in_the_order_of_targets_however_rows_are_laid() -> None:
     packed = batch.inputs(rows, np.asarray([0, 0, 1]))
     assert torch.equal(packed.targets, batch.inputs(rows).targets)
     grid = packed.input_ids.flatten()
-    follows = [int(grid[state + 1]) == int(target) for state, target in zip(packed.states, packed.targets, strict=True) if state + 1 < len(grid)]
+    follows = [
+        int(grid[state + 1]) == int(target)
+        for state, target in zip(packed.states, packed.targets, strict=True)
+        if state + 1 < len(grid)
+    ]
     assert sum(follows) >= len(follows) - 3, "all but each row's last token stand right after the state that chose them"
 
 
@@ -115,13 +128,18 @@ def test_families_that_can_be_packed(family: str, dtype: torch.dtype, tmp_path: 
 
 def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
     path = save("mistral", tmp_path, sliding_window=8, max_position_embeddings=64)
-    with pytest.raises(ValueError, match=r"^pack_tokens: must be 0 for a model .* \(family mistral\), which lets a token see the last 8 alone; set pack_tok"):
+    with pytest.raises(
+        ValueError,
+        match=r"^pack_tokens: must be 0 for a model .* \(family mistral\), which lets a token see the last 8 alone; "
+        r"set pack_tok",
+    ):
         check_packing(load_causal_lm(path, torch.float32), path)
 
 
 def test_a_family_without_position_ids_of_its_own_is_refused(tmp_path: Path) -> None:
     model: Any = load_causal_lm(save("gpt2", tmp_path), torch.float32)
     trunk = model.base_model.forward
-    model.base_model.forward = lambda position_ids=None, **inputs: trunk(**inputs)  # as one that makes them from the mask alone
+    # as one that makes them from the mask alone
+    model.base_model.forward = lambda position_ids=None, **inputs: trunk(**inputs)
     with pytest.raises(ValueError, match=r"whose hidden states then differ by up to"):
         check_packing(model, str(tmp_path))

@@ -30,7 +30,9 @@ def cut(seed: int) -> tuple[pa.ChunkedArray | pa.Array, Rows, pa.DataType]:
         sizes = random.integers(0, 6, before + middle + after) * (random.random(before + middle + after) < 0.7)
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         values = random.integers(-(2**15), 2**15, offsets[-1]).astype(dtype.to_pandas_dtype())
-        chunks.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, dtype)).slice(before, middle))
+        chunks.append(
+            pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, dtype)).slice(before, middle)
+        )
         kept += rows_of(values, offsets)[before : before + middle]
     if len(chunks) == 1 and random.random() < 0.5:
         return chunks[0], kept, dtype
@@ -103,7 +105,13 @@ def test_the_random_columns_are_of_every_kind() -> None:
     cases = [cut(seed) for seed in range(300)]
     columns = [column for column, _, _ in cases]
     assert {dtype for _, _, dtype in cases} == set(TYPES)
-    assert {column.num_chunks if isinstance(column, pa.ChunkedArray) else "array" for column in columns} == {0, 1, 2, 3, "array"}
+    assert {column.num_chunks if isinstance(column, pa.ChunkedArray) else "array" for column in columns} == {
+        0,
+        1,
+        2,
+        3,
+        "array",
+    }
     assert any(isinstance(column, pa.Array) and column.offset for column in columns)
     assert any([] in rows for _, rows, _ in cases)
     assert any(not rows for _, rows, _ in cases)
@@ -138,7 +146,11 @@ def test_booleans_are_unpacked() -> None:
     assert offsets.tolist() == [0, 9, 10]
 
 
-@pytest.mark.parametrize("column", [pa.array([], pa.list_(pa.int32())), pa.chunked_array([], pa.list_(pa.int32()))], ids=["array", "no chunks"])
+@pytest.mark.parametrize(
+    "column",
+    [pa.array([], pa.list_(pa.int32())), pa.chunked_array([], pa.list_(pa.int32()))],
+    ids=["array", "no chunks"],
+)
 def test_an_empty_column(column: pa.ChunkedArray | pa.Array) -> None:
     values, offsets = ragged.flat(column)
     assert (values.shape, offsets.tolist()) == ((0,), [0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import threading
 import time
@@ -17,7 +18,8 @@ import pytest
 
 from actors.config import RewardConfig
 from actors.experience import Rollouts, Scores
-from actors.reward import ClassifierReward, RewardReport, RewardWorker, flat_groups, load_function, load_reward
+from actors.reward.worker import ClassifierReward, RewardReport, RewardWorker, flat_groups, load_function, load_reward
+from cluster.faults import ContractError
 
 CALLS: list[list[str]] = []
 
@@ -38,8 +40,10 @@ def touchy(prompts: list[str], responses: list[str], metadata: list[dict[str, An
             raise RuntimeError("no such\nword")
         if response == "hang":
             hang_and_swallow()
-    values = [float("nan") if r == "nan" else 1e39 if r == "huge" else None if r == "none" else float(len(r)) for r in responses]
-    return values[:-1] if "short" in responses else values
+    return [
+        float("nan") if r == "nan" else 1e39 if r == "huge" else None if r == "none" else float(len(r))
+        for r in responses
+    ]
 
 
 def hang_and_swallow() -> None:
@@ -58,13 +62,68 @@ def whose_thread(prompts: list[str], responses: list[str], metadata: list[dict[s
     return [float(threading.current_thread() is threading.main_thread()) for _ in responses]
 
 
+RETURNS: dict[str, Any] = {
+    "one for all": [1.0],
+    "one too few": [1.0, 2.0],
+    "one too many": [1.0] * 4,
+    "a number": 1.0,
+    "nothing": None,
+    "a column": np.ones((3, 1)),
+    "a generator": (1.0 for _ in range(3)),
+}
+
+
+def wrong_length(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> Any:
+    CALLS.append(responses)
+    return RETURNS[responses[0]]
+
+
+def verifier(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    """As those of mathematics are: an alarm of its own for each answer, and whatever happens is a wrong answer."""
+    values = []
+    for response in responses:
+        before = signal.signal(signal.SIGALRM, _too_long)
+        signal.setitimer(signal.ITIMER_REAL, 20)
+        try:
+            if response == "hang":
+                time.sleep(30)
+            elif response == "own alarm":
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                time.sleep(30)
+            elif response == "regex":
+                re.match(r"(a+)+$", "a" * 40 + "b")  # minutes, holding the interpreter
+            values.append(float(len(response)))
+        except:  # noqa: E722 - that is the point
+            values.append(0.0)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+    return values
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise TimeoutError
+
+
+def dead(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    """A server that takes connections and does not answer; one with "late" in it answers when it is asked for that
+    alone.
+    """
+    CALLS.append(responses)
+    if responses != ["late"]:
+        time.sleep(30)
+    return [1.0] * len(responses)
+
+
 not_callable = 3
 
 
 @pytest.fixture
 def worker(tiny_model: Path) -> Callable[..., RewardWorker]:
     def make(function: str, **settings: Any) -> RewardWorker:
-        return RewardWorker(config=RewardConfig(function=f"test_actors_reward:{function}", **settings), tokenizer_path=str(tiny_model))
+        return RewardWorker(
+            config=RewardConfig(function=f"test_actors_reward:{function}", **settings), tokenizer_path=str(tiny_model)
+        )
 
     return make
 
@@ -111,7 +170,15 @@ def test_scores_every_rollout_in_order_and_in_batches(worker: Callable[..., Rewa
         "status": ["ok"] * 3,
         "detail": [""] * 3,
     }
-    assert (report.chunk, report.attempt, report.samples, report.ok, report.failed, report.mean, report.failures) == (7, 2, 3, 3, 0, 2.0, {})
+    assert (report.chunk, report.attempt, report.samples, report.ok, report.failed, report.mean, report.failures) == (
+        7,
+        2,
+        3,
+        3,
+        0,
+        2.0,
+        {},
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,10 +236,11 @@ def test_only_action_tokens_after_the_first_are_the_response(worker: Callable[..
         ("nan", "error", "must return finite numbers, got nan"),
         ("huge", "error", "must return finite numbers, got 1e+39"),
         ("none", "error", "must return finite numbers, got nan"),
-        ("short", "error", "must return one number a response, shape (1,), got shape (0,)"),
     ],
 )
-def test_one_poisoned_sample_is_charged_alone(worker: Callable[..., RewardWorker], poison: str, status: str, reason: str) -> None:
+def test_one_poisoned_sample_is_charged_alone(
+    worker: Callable[..., RewardWorker], poison: str, status: str, reason: str
+) -> None:
     report, scores = score(worker("touchy", timeout_s=0.2), ["a", poison, "ccc"])
     assert scores["status"] == ["ok", status, "ok"]
     assert scores["reward"][0] == 1.0 and scores["reward"][2] == 3.0
@@ -182,6 +250,114 @@ def test_one_poisoned_sample_is_charged_alone(worker: Callable[..., RewardWorker
     assert list(report.failures) == [101]
     assert report.failures[101].startswith(f"{status}: ")
     assert reason in report.failures[101]
+
+
+@pytest.mark.parametrize("case", RETURNS)
+@pytest.mark.parametrize("batch", [3, 4])
+def test_another_number_of_values_is_an_error_of_the_function_at_once(
+    worker: Callable[..., RewardWorker], case: str, batch: int
+) -> None:
+    """Not of a sample: it is called once, and not again sample by sample, where one value for one response would be
+    right.
+    """
+    CALLS.clear()
+    with pytest.raises(
+        ContractError,
+        match=r"^reward\.function: 'test_actors_reward:wrong_length' must return one number a response, got .* for 3 "
+        r"responses",
+    ):
+        score(worker("wrong_length", batch_size=batch), [case, "b", "c"])
+    assert [[case, "b", "c"]] == CALLS
+
+
+def test_one_value_for_a_single_response_is_right(worker: Callable[..., RewardWorker]) -> None:
+    assert score(worker("wrong_length"), ["one for all"])[1]["reward"] == [1.0]
+    with pytest.raises(ContractError, match="got float for 1 responses"):
+        score(worker("wrong_length"), ["a number"])
+
+
+@pytest.mark.parametrize("poison", ["hang", "regex"])
+def test_the_limit_holds_where_the_function_has_an_alarm_of_its_own(
+    worker: Callable[..., RewardWorker], poison: str
+) -> None:
+    """And swallows the interruption: what it says after that is not a reward."""
+    began = time.monotonic()
+    _, scores = score(worker("verifier", timeout_s=0.5), ["a", poison, "own alarm"])
+    assert time.monotonic() - began < 10
+    assert scores["status"] == ["ok", "timeout", "ok"]
+    assert scores["reward"][0] == 1.0 and math.isnan(scores["reward"][1]) and scores["reward"][2] == 0.0, (
+        "its own alarm works"
+    )
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 or signal.getsignal(signal.SIGALRM) is not _too_long
+
+
+def test_a_function_that_nothing_can_interrupt_makes_the_process_fall_silent(
+    worker: Callable[..., RewardWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds after its limit; whoever returns takes it back."""
+    moments: list[float] = []
+    monkeypatch.setattr(
+        "actors.reward.time_limit.silent_from", lambda moment: moments.append(moment - time.monotonic())
+    )
+    score(worker("length", timeout_s=5), ["a"])
+    assert moments == [pytest.approx(15, abs=0.5), math.inf]
+
+
+def test_a_function_that_never_answers_is_not_asked_about_every_sample(worker: Callable[..., RewardWorker]) -> None:
+    """Once for the batch, then four times its limit; from all over the batch, and nobody waits for the call's own
+    deadline.
+    """
+    CALLS.clear()
+    texts = [f"{row:02d}" for row in range(64)]
+    began = time.monotonic()
+    report, scores = score(worker("dead", timeout_s=0.1), texts)
+    assert time.monotonic() - began < 5
+    assert CALLS[0] == texts
+    assert CALLS[1:5] == [["00"], ["32"], ["16"], ["48"]]
+    assert len(CALLS) <= 5
+    assert set(scores["status"]) == {"timeout"}
+    assert "was not tried alone" in scores["detail"][1] and "was not tried alone" not in scores["detail"][32]
+    assert (report.failed, report.batches_split) == (64, 1)
+    assert report.why_split == "a batch took longer than reward.timeout_s = 0.1 s"
+
+
+def test_while_it_answers_now_and_then_it_is_asked_as_long_as_there_is_time(
+    worker: Callable[..., RewardWorker],
+) -> None:
+    actor = worker("dead", timeout_s=0.1)
+    report, _ = score(actor, ["late", *"abcdefghi"])
+    assert (report.ok, len(report.failures)) == (1, 9)
+    CALLS.clear()
+    began = time.monotonic()
+    report, table = actor.score(
+        rollouts(actor, [("p", "late"), *(("p", letter) for letter in "abcdefghi")]), 0, 1, within_s=1.0
+    )
+    assert time.monotonic() - began < 2
+    assert 3 <= len(CALLS) <= 7, "half of the time is for such calls"
+    assert table["status"].to_pylist() == ["ok"] + ["timeout"] * 9
+
+
+def test_a_call_returns_before_its_own_deadline_whatever_the_number_of_batches(
+    worker: Callable[..., RewardWorker],
+) -> None:
+    actor = worker("dead", timeout_s=0.2, batch_size=1)
+    began = time.monotonic()
+    report, table = actor.score(rollouts(actor, [("p", letter) for letter in "abcdefghijkl"]), 0, 1, within_s=1.0)
+    assert 0.9 < time.monotonic() - began < 2
+    assert report.failed == 12
+    assert table["detail"].to_pylist()[-1] == "was not tried: 1 s of scoring its chunk were over"
+
+
+def test_samples_are_left_out_on_request_and_are_no_failures(worker: Callable[..., RewardWorker]) -> None:
+    CALLS.clear()
+    actor = worker("length")
+    report, table = actor.score(
+        rollouts(actor, [("p", response) for response in ["a", "bb", "ccc"]]), 0, 1, without={101}
+    )
+    assert CALLS == [["a", "ccc"]]
+    assert table["status"].to_pylist() == ["ok", "error", "ok"]
+    assert math.isnan(table["reward"].to_pylist()[1])
+    assert report.failures == {}
 
 
 def test_failed_rollout_never_reaches_the_function(worker: Callable[..., RewardWorker]) -> None:
@@ -221,7 +397,9 @@ def test_outside_the_main_thread_the_function_runs_without_a_limit(worker: Calla
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(ray_session: object, tiny_model: Path) -> None:
+def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(
+    ray_session: object, tiny_model: Path
+) -> None:
     import ray
 
     config = RewardConfig(function="test_actors_reward:hang_in_the_main_thread", timeout_s=0.5)
@@ -281,7 +459,9 @@ def classifier(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 @pytest.mark.parametrize("pad", [True, False], ids=["pad token", "no pad token"])
-def test_classifier_scores_prompt_and_response_whatever_their_company(tiny_model: Path, classifier: Callable[..., Path], pad: bool) -> None:
+def test_classifier_scores_prompt_and_response_whatever_their_company(
+    tiny_model: Path, classifier: Callable[..., Path], pad: bool
+) -> None:
     import torch
 
     folder = classifier(pad=pad)
@@ -304,14 +484,18 @@ def test_classifier_reads_the_end_of_a_text_longer_than_its_context(classifier: 
     assert reward([text], ["!"], [{}]) == pytest.approx(reward([""], [(text + "!")[-16:]], [{}]), rel=1e-5)
 
 
-def test_classifier_with_several_labels_or_none_at_all_is_refused(classifier: Callable[..., Path], tmp_path: Path) -> None:
+def test_classifier_with_several_labels_or_none_at_all_is_refused(
+    classifier: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"reward\.model: must have one output, got 3 labels"):
         ClassifierReward(str(classifier(3)))
     with pytest.raises(ValueError, match=r"reward\.model: must be a folder or hub name of a sequence classifier"):
         ClassifierReward(str(tmp_path))
 
 
-def test_one_of_several_outputs_is_the_reward_where_it_is_named(classifier: Callable[..., Path], tiny_model: Path) -> None:
+def test_one_of_several_outputs_is_the_reward_where_it_is_named(
+    classifier: Callable[..., Path], tiny_model: Path
+) -> None:
     import torch
 
     folder = str(classifier(3))
@@ -337,7 +521,14 @@ def bert(tmp_path: Path) -> Callable[..., Path]:
         from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
         torch.manual_seed(0)
-        config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16)
+        config = BertConfig(
+            vocab_size=8,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=16,
+        )
         config.num_labels = 1
         BertForSequenceClassification(config).save_pretrained(tmp_path)
         tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "good": 2, "bad": 3}, unk_token="[UNK]"))
@@ -357,7 +548,11 @@ def test_classifier_needs_no_end_of_text(bert: Callable[..., Path]) -> None:
 
 
 def test_classifier_that_cannot_pad_is_refused(bert: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match=r"reward\.model: must have a tokenizer with a padding token, got none in .*; set pad_token in its tokenizer_config"):
+    with pytest.raises(
+        ValueError,
+        match=r"reward\.model: must have a tokenizer with a padding token, got none in .*; set pad_token in its "
+        r"tokenizer_config",
+    ):
         ClassifierReward(str(bert()))
 
 

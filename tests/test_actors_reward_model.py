@@ -11,27 +11,29 @@ import torch
 from torch import Tensor
 
 import tiny_models
-from actors.model import TokenInputs
-from actors.objective import Compared
-from actors.reward_model import Preference, RewardModel, load_classifier, load_reward_model
+from actors.models.causal_lm import TokenInputs
+from actors.models.reward_model import Preference, RewardModel, load_classifier, load_reward_model
+from actors.objective import ComparisonBatch
 from test_actors_model import save
 
 LOG2 = math.log(2)
 
 
-def compared(*sizes: int, margin: list[float] | None = None) -> Compared:
+def compared(*sizes: int, margin: list[float] | None = None) -> ComparisonBatch:
     row = [i for i, size in enumerate(sizes) for _ in range(size)]
-    return Compared(row=torch.tensor(row), rows=len(sizes), margin=torch.tensor(margin or [0.0] * len(sizes)))
+    return ComparisonBatch(row=torch.tensor(row), rows=len(sizes), margin=torch.tensor(margin or [0.0] * len(sizes)))
 
 
-def loss_of(rewards: list[float] | Tensor, batch: Compared) -> list[float]:
+def loss_of(rewards: list[float] | Tensor, batch: ComparisonBatch) -> list[float]:
     return Preference().reward_loss(torch.as_tensor(rewards), batch)[0].tolist()  # type: ignore[no-any-return]
 
 
 def test_pairs_by_hand() -> None:
     assert loss_of([1.0, 0.0], compared(2)) == pytest.approx([0.3132617]), "log(1 + 1/e)"
     assert loss_of([0.0, 0.0], compared(2)) == pytest.approx([LOG2])
-    assert loss_of([1.0, 0.0], compared(2, margin=[1.0])) == pytest.approx([LOG2]), "the margin is what is asked of the difference"
+    assert loss_of([1.0, 0.0], compared(2, margin=[1.0])) == pytest.approx([LOG2]), (
+        "the margin is what is asked of the difference"
+    )
     assert loss_of([0.0, 1.0], compared(2)) == pytest.approx([1.3132617])
     assert loss_of([1.0, 0.0, 5.0, 5.0, 0.0, 1.0], compared(2, 2, 2)) == pytest.approx([0.3132617, LOG2, 1.3132617])
 
@@ -39,7 +41,9 @@ def test_pairs_by_hand() -> None:
 def test_a_ranking_is_the_mean_of_its_pairs() -> None:
     one, two = 0.3132617, math.log1p(math.exp(-2))
     assert loss_of([2.0, 1.0, 0.0], compared(3)) == pytest.approx([(one + two + one) / 3])
-    assert loss_of([2.0, 1.0, 0.0], compared(3, margin=[1.0])) == pytest.approx([(LOG2 + one + one) / 3]), "of the best's two pairs alone"
+    assert loss_of([2.0, 1.0, 0.0], compared(3, margin=[1.0])) == pytest.approx([(LOG2 + one + one) / 3]), (
+        "of the best's two pairs alone"
+    )
     mixed = loss_of([1.0, 0.0, 2.0, 1.0, 0.0], compared(2, 3))
     assert mixed == pytest.approx([one, (one + two + one) / 3]), "a ranking of three counts as much as a pair"
 
@@ -55,7 +59,7 @@ def test_far_apart_rewards_neither_overflow_nor_vanish() -> None:
 
 def test_the_gradient_by_finite_differences() -> None:
     batch = compared(2, 4, 3, margin=[0.3, -0.2, 0.0])
-    batch = Compared(row=batch.row, rows=batch.rows, margin=batch.margin.double())
+    batch = ComparisonBatch(row=batch.row, rows=batch.rows, margin=batch.margin.double())
     rewards = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.autograd.gradcheck(lambda r: Preference().reward_loss(r, batch)[0], (rewards,))
 
@@ -65,13 +69,17 @@ def test_only_differences_matter_and_only_in_order() -> None:
     assert loss_of(rewards + 7, batch) == pytest.approx(loss_of(rewards, batch), abs=1e-6)
     assert loss_of(rewards[[0, 2, 1]], batch) != pytest.approx(loss_of(rewards, batch), abs=0.1)
     assert (
-        min(loss_of(rewards[list(order)], batch)[0] for order in [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 1, 0)])
+        min(
+            loss_of(rewards[list(order)], batch)[0] for order in [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 1, 0)]
+        )
         > loss_of(rewards[[2, 0, 1]], batch)[0]
     )
 
 
 def test_statistics_by_hand() -> None:
-    _, found = Preference().reward_loss(torch.tensor([1.0, 0.0, 0.0, 2.0, 3.0, 3.0, 1.0, 1.0, 0.0]), compared(2, 2, 2, 3))
+    _, found = Preference().reward_loss(
+        torch.tensor([1.0, 0.0, 0.0, 2.0, 3.0, 3.0, 1.0, 1.0, 0.0]), compared(2, 2, 2, 3)
+    )
     assert found["accuracy"].tolist() == pytest.approx([1.0, 0.0, 0.5, (0.5 + 1 + 1) / 3]), "a tie is half right"
     assert found["margin"].tolist() == pytest.approx([1.0, -2.0, 0.0, 2 / 3])
 
@@ -101,7 +109,10 @@ def rewards_of(model: RewardModel, ids: Tensor) -> Tensor:
     return model(TokenInputs(input_ids=ids, states=states, targets=states)).detach()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("family", "shifted"), [("gpt2", True), ("opt", True), ("falcon", True), ("llama", False), ("qwen2", False), ("mistral", False)])
+@pytest.mark.parametrize(
+    ("family", "shifted"),
+    [("gpt2", True), ("opt", True), ("falcon", True), ("llama", False), ("qwen2", False), ("mistral", False)],
+)
 def test_rewards_are_brought_to_scale_in_the_weights(family: str, shifted: bool, tmp_path: Path) -> None:
     model = load_reward_model(save(family, tmp_path), torch.float32, seed=0)
     ids = torch.arange(30).reshape(5, 6)
@@ -124,7 +135,9 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
 
     path = tiny_models.save_gpt2(tmp_path / "lm")
     AutoModelForSequenceClassification.from_pretrained(path, num_labels=3).save_pretrained(tmp_path / "rm")
-    with pytest.raises(ValueError, match=r"^model\.path: must be .*, got .*: it has 3 labels; train it with num_labels=1"):
+    with pytest.raises(
+        ValueError, match=r"^model\.path: must be .*, got .*: it has 3 labels; train it with num_labels=1"
+    ):
         load_classifier(str(tmp_path / "rm"), torch.float32)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -14,8 +15,8 @@ import tiny_models
 from actors import ragged, weights
 from actors.config import RolloutConfig, SamplingConfig
 from actors.experience import Prompts, Rollouts
-from actors.model import load_causal_lm
-from actors.rollout import RolloutWorker
+from actors.models.causal_lm import load_causal_lm
+from actors.rollout.worker import RolloutWorker
 from actors.weights import Weights
 
 SAMPLING = SamplingConfig(max_new_tokens=8, stop=("e", "a"))
@@ -48,7 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def worker(folder: Path, *, untie_head: bool = False) -> RolloutWorker:
-    return RolloutWorker(path=str(folder), config=RolloutConfig(slots=8), sampling=SAMPLING, seed=11, untie_head=untie_head)
+    return RolloutWorker(
+        path=str(folder), config=RolloutConfig(slots=8), sampling=SAMPLING, seed=11, untie_head=untie_head
+    )
 
 
 def source(folder: Path, version: int, scale: float = 1.0, *, untie_head: bool = False) -> Source:
@@ -59,7 +62,13 @@ def source(folder: Path, version: int, scale: float = 1.0, *, untie_head: bool =
 def prompts(first: int = 0) -> pa.Table:
     tokenizer = tiny_models.byte_tokenizer()
     rows = [np.array(tokenizer.encode(text), np.int32) for text in TEXTS]
-    return Prompts.of({"group_id": np.arange(first, first + len(rows)), "tokens": rows, "metadata": [f'{{"row": {i}}}' for i in range(len(rows))]}).table
+    return Prompts.of(
+        {
+            "group_id": np.arange(first, first + len(rows)),
+            "tokens": rows,
+            "metadata": [f'{{"row": {i}}}' for i in range(len(rows))],
+        }
+    ).table
 
 
 def test_columns_hold_prompt_and_completion_as_the_schema_says(folder: Path) -> None:
@@ -103,6 +112,19 @@ def test_a_part_of_a_chunk_gives_the_same_samples(folder: Path) -> None:
     _, table = one.generate(prompts(), 4, 1, 0, held)
     _, part = one.generate(prompts().slice(2, 2), 4, 1, 0, held)
     assert part.equals(table.slice(8, 8))
+
+
+def test_samples_that_are_left_out_change_no_other(folder: Path) -> None:
+    """Whole groups, some of a group, and all: a row that is not there stands for nothing."""
+    one, held = worker(folder), source(folder, 1)
+    whole = one.generate(prompts(first=20), 3, 0, 0, held)[1]
+    for without in ({60, 61, 62}, {60, 64, 74}, set(range(60, 75)) - {70}):
+        report, table = one.generate(prompts(first=20), 3, 0, 0, held, without=without)
+        assert table.equals(whole.filter(pc.invert(pc.is_in(whole["sample_id"], pa.array(sorted(without))))))
+        assert report.samples == len(report.lengths) == 15 - len(without)
+    report, table = one.generate(prompts(first=20), 3, 0, 0, held, without=set(range(60, 75)))
+    assert (report.samples, report.action_tokens, table.num_rows) == (0, 0, 0)
+    assert Rollouts(table).table.schema == whole.schema
 
 
 def test_weights_are_fetched_only_when_they_differ(folder: Path) -> None:
@@ -164,3 +186,35 @@ def test_a_prompt_that_fills_the_context_names_its_sample(folder: Path) -> None:
     table = Prompts.of({"group_id": [8], "tokens": [np.zeros(96, np.int32)], "metadata": ["{}"]}).table
     with pytest.raises(ValueError, match="got 96 tokens for sample 16"):
         worker(folder).generate(table, 2, 0, 0, source(folder, 0))
+
+
+def test_the_kl_to_the_start_is_seen_and_nothing_else_changes(folder: Path) -> None:
+    """0 while the weights are the start's; of other weights, what the start's log-probs say of the first rollouts.
+
+    And the next chunk is what it would be.
+    """
+    one, other = worker(folder), worker(folder)
+    same, moved = source(folder, 1), source(folder, 2, scale=1.05)
+    rollouts = one.generate(prompts(), 2, 0, 1, same)[1]
+    assert one.start_kl(rollouts).per_rollout == pytest.approx(0, abs=1e-4)
+    rollouts = one.generate(prompts(), 2, 0, 1, moved)[1]
+    found = one.start_kl(rollouts)
+    model = load_causal_lm(str(folder), torch.float32)
+    nats, tokens = 0.0, 0
+    for row in rollouts.to_pylist():
+        with torch.no_grad():
+            start = torch.log_softmax(model(torch.tensor([row["tokens"]])).logits[0], -1)
+        for t in np.flatnonzero(row["action_mask"]):
+            nats += row["logprobs"][t] - float(start[t - 1, row["tokens"][t]])
+            tokens += 1
+    assert abs(nats) > 0.01
+    assert (found.rollouts, found.per_rollout, found.per_token) == (
+        len(rollouts),
+        pytest.approx(nats / len(rollouts), rel=1e-4),
+        pytest.approx(nats / tokens, rel=1e-4),
+    )
+    one._path = str(folder / "gone")
+    gone = one.start_kl(rollouts)
+    assert gone.rollouts == 0 and "gone" in gone.problem, "it is only shown, so it ends nothing"
+    other.generate(prompts(), 2, 0, 1, same)
+    assert one.generate(prompts(9), 2, 1, 1, moved)[1].equals(other.generate(prompts(9), 2, 1, 1, moved)[1])

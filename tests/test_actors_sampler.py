@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config import SamplingConfig
-from actors.generation.sampler import BLOCK, keep_top_k, keep_top_p, sample, uniforms
+from actors.engine.sampler import BLOCK, keep_top_k, keep_top_p, sample, uniforms
 from random_inputs import random_inputs
 
 
@@ -39,7 +39,9 @@ def test_frequencies_match_the_softmax() -> None:
     generator = np.random.default_rng(0)
     logits = torch.from_numpy(generator.normal(size=7).astype(np.float32))
     draws = 40_000
-    tokens, logprobs = sample(logits.expand(draws, -1), torch.from_numpy(generator.random(draws)), SamplingConfig(temperature=0.8))
+    tokens, logprobs = sample(
+        logits.expand(draws, -1), torch.from_numpy(generator.random(draws)), SamplingConfig(temperature=0.8)
+    )
     expected = torch.softmax(logits.double() / 0.8, -1)
     observed = torch.bincount(tokens, minlength=7)
     chi_square = float(((observed - draws * expected) ** 2 / (draws * expected)).sum())
@@ -61,7 +63,11 @@ def test_every_uniform_lands_where_the_exact_running_sum_says(vocabulary: int) -
 
 
 @random_inputs(60)
-@given(seed=st.integers(0, 2**32 - 1), uniform=st.sampled_from([0.0, 5e-324, 0.25, 0.5, 1 - 2**-53]), vocabulary=st.sampled_from([3, 300, 1000]))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    uniform=st.sampled_from([0.0, 5e-324, 0.25, 0.5, 1 - 2**-53]),
+    vocabulary=st.sampled_from([3, 300, 1000]),
+)
 def test_a_token_of_probability_zero_is_never_drawn(seed: int, uniform: float, vocabulary: int) -> None:
     generator = np.random.default_rng(seed)
     logits = torch.from_numpy(10 * generator.normal(size=(16, vocabulary)).astype(np.float32))
@@ -90,7 +96,9 @@ def test_top_p_widens_its_search_until_the_set_is_complete() -> None:
 def test_filters_apply_after_temperature_k_before_p_and_logprobs_are_renormalised() -> None:
     logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
     config = SamplingConfig(temperature=0.5, top_k=3, top_p=0.8)  # squares: 16, 9, 4 of 29; the first two reach 0.8
-    drawn = {round(u, 2): sample(logits, torch.tensor([u], dtype=torch.float64), config) for u in (0.0, 0.63, 0.65, 0.99)}
+    drawn = {
+        round(u, 2): sample(logits, torch.tensor([u], dtype=torch.float64), config) for u in (0.0, 0.63, 0.65, 0.99)
+    }
     assert [int(t) for t, _ in drawn.values()] == [0, 0, 1, 1]
     assert float(drawn[0.0][1]) == pytest.approx(np.log(16 / 25), abs=1e-6)
 
@@ -123,5 +131,9 @@ def test_a_row_is_drawn_alike_in_any_company() -> None:
 
 
 def test_logits_that_are_not_finite_show_in_the_logprob() -> None:
-    _, logprobs = sample(torch.tensor([[0.0, torch.nan, 1.0], [0.0, 0.0, 1.0]]), torch.tensor([0.5, 0.5], dtype=torch.float64), SamplingConfig())
+    _, logprobs = sample(
+        torch.tensor([[0.0, torch.nan, 1.0], [0.0, 0.0, 1.0]]),
+        torch.tensor([0.5, 0.5], dtype=torch.float64),
+        SamplingConfig(),
+    )
     assert torch.isfinite(logprobs).tolist() == [False, True]

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-from actors.schedule import learning_rate
+from actors.learner.schedule import learning_rate
 
 
 def rates(total: int, **options: Any) -> list[float]:
-    return [learning_rate(i, total, **({"peak": 1.0, "schedule": "linear", "warmup_fraction": 0.0} | options)) for i in range(total)]
+    return [
+        learning_rate(i, total, **({"peak": 1.0, "schedule": "linear", "warmup_fraction": 0.0} | options))
+        for i in range(total)
+    ]
 
 
 def test_linear_falls_to_one_step_above_zero() -> None:
@@ -26,7 +29,9 @@ def test_cosine_halves_halfway() -> None:
 
 
 def test_warmup_rises_without_a_wasted_update_and_meets_the_peak() -> None:
-    assert rates(10, warmup_fraction=0.3) == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7])
+    assert rates(10, warmup_fraction=0.3) == pytest.approx(
+        [0.25, 0.5, 0.75, 1.0, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7]
+    )
 
 
 @pytest.mark.parametrize("update", [-1, 5])

@@ -1,4 +1,6 @@
-"""What a learner commits: exact to the bit where ranks and stage stay the same, exact in its state where they do not, refused where it does not fit."""
+"""What a learner commits: exact to the bit where ranks and stage stay the same, exact in its state where they do not,
+refused where it does not fit.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.config import LearnerConfig
-from actors.learner import Learner, LearnerReady, UpdateReport
+from actors.learner.learner import Learner, LearnerReady, LearnerSpec, UpdateReport
+from actors.learner.shards import write_shard
 from actors.objective import ActionTokens
-from actors.shards import write_shard
 from cluster.storage import Folder
 from learner_helpers import (
     POISON,
     STAGES,
+    TRAINEES,
     PolicyGradient,
     SquaredError,
     free_port,
@@ -78,7 +81,9 @@ def assert_equal(got: dict[str, Tensor | int], want: dict[str, Tensor | int]) ->
     assert got.keys() == want.keys()
     for name, value in got.items():
         other = want[name]
-        assert torch.equal(value, other) if isinstance(value, Tensor) and isinstance(other, Tensor) else value == other, name
+        assert (
+            torch.equal(value, other) if isinstance(value, Tensor) and isinstance(other, Tensor) else value == other
+        ), name
 
 
 @dataclasses.dataclass
@@ -104,15 +109,17 @@ class Breaks:
 def break_off(learner: Learner, calls: int) -> None:
     """An update that fails after that many micro-batches, with gradients that are not finite."""
     poison = [[POISON if chosen else 0.0 for chosen in row] for row in EXPERIENCE["action_mask"].to_pylist()]
-    kept, learner._objective = learner._objective, Breaks(calls)
+    kept, learner.trainee = learner.trainee, dataclasses.replace(learner.trainee, objective=Breaks(calls))
     with pytest.raises(OSError, match="told to break off"):
         learner.update(replace(EXPERIENCE, "advantages", poison), plan(step=7))
-    learner._objective = kept
+    learner.trainee = kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Life:
-    """What became of a learner after the commit: its reports but for the time they took, its weights (rank 0), the checksum of its next commit."""
+    """What became of a learner after the commit: its reports but for the time they took, its weights (rank 0), the
+    checksum of its next commit.
+    """
 
     reports: list[UpdateReport]
     weights: dict[str, Tensor]
@@ -124,11 +131,15 @@ def live_on(learner: Learner, folder: str) -> Life:
     return Life(reports=reports, weights=weights_of(learner) or {}, checksum=learner.save(folder).file.checksum)
 
 
-def lives(rank: int, ranks: int, port: int, path: str, settings: LearnerConfig, role: str, folder: str) -> dict[str, Life]:
-    """The same two steps after a commit: undisturbed, resumed from it, rolled back to it later, and rolled back from a broken update."""
+def lives(
+    rank: int, ranks: int, port: int, path: str, settings: LearnerConfig, role: str, folder: str
+) -> dict[str, Life]:
+    """The same two steps after a commit: undisturbed, resumed from it, rolled back to it later, and rolled back from a
+    broken update.
+    """
 
     def fresh() -> Learner:
-        return make_learner(path, settings, role=role, rank=rank, ranks=ranks, port=port)
+        return make_learner(path, settings, trainee=role, rank=rank, ranks=ranks, port=port)
 
     learner, out = fresh(), {}
     learner.update(EXPERIENCE, plan(step=0))
@@ -158,7 +169,12 @@ def assert_lives_are_the_same(results: list[dict[str, Life]]) -> None:
 
 
 MATRIX = [
-    pytest.param(stage, dtype, ranks, marks=[] if (stage, dtype, ranks) in ((1, "float32", 2), (3, "bfloat16", 2)) else pytest.mark.slow)
+    pytest.param(
+        stage,
+        dtype,
+        ranks,
+        marks=[] if (stage, dtype, ranks) in ((1, "float32", 2), (3, "bfloat16", 2)) else pytest.mark.slow,
+    )
     for stage in STAGES
     for dtype in DTYPES
     for ranks in (1, 2)
@@ -166,19 +182,26 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("stage", "dtype", "ranks"), MATRIX)
-def test_a_restored_learner_equals_an_undisturbed_one_to_the_bit(stage: int, dtype: str, ranks: int, path: str, tmp_path: Path) -> None:
+def test_a_restored_learner_equals_an_undisturbed_one_to_the_bit(
+    stage: int, dtype: str, ranks: int, path: str, tmp_path: Path
+) -> None:
     assert_lives_are_the_same(on(ranks, lives, path, config(zero_stage=stage, dtype=dtype), "policy", str(tmp_path)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("role", "options"), [("critic", {}), ("policy", {"trainable": "heads"}), ("policy", {"weight_decay": 0.1})])
-def test_so_does_every_other_kind_of_learner(stage: int, role: str, options: dict[str, Any], path: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("role", "options"), [("critic", {}), ("policy", {"trainable": "heads"}), ("policy", {"weight_decay": 0.1})]
+)
+def test_so_does_every_other_kind_of_learner(
+    stage: int, role: str, options: dict[str, Any], path: str, tmp_path: Path
+) -> None:
     assert_lives_are_the_same(on(2, lives, path, config(zero_stage=stage, **options), role, str(tmp_path)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [192, 33])  # matrices of 147,456 elements, where DeepSpeed keeps up to 100,000 whole; odd ones, which it pads
+# matrices of 147,456 elements, where DeepSpeed keeps up to 100,000 whole; odd ones, which it pads
+@pytest.mark.parametrize("width", [192, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_so_does_one_of_another_width_at_stage_3(width: int, dtype: str, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", width=width)
@@ -209,13 +232,17 @@ def test_the_files_hold_what_their_names_say(stage: int, tmp_path: Path) -> None
     settings = config(zero_stage=stage)
     weights = on(2, first_step, odd, settings, str(tmp_path))[0]
     state = {name: torch.as_tensor(value) for name, value in assembled(tmp_path).items()}
-    assert state.keys() == {f"causal_lm.{name}/{kind}" for name in weights for kind in ("weight", "exp_avg", "exp_avg_sq", "step")}
+    assert state.keys() == {
+        f"causal_lm.{name}/{kind}" for name in weights for kind in ("weight", "exp_avg", "exp_avg_sq", "step")
+    }
     for name, weight in weights.items():
         assert torch.equal(state[f"causal_lm.{name}/weight"], weight.flatten()), name
         assert int(state[f"causal_lm.{name}/step"]) == 1
         gradient = state[f"causal_lm.{name}/exp_avg"] / (1 - settings.betas[0])  # moments began at zero
         assert gradient.any(), name
-        torch.testing.assert_close(state[f"causal_lm.{name}/exp_avg_sq"] / (1 - settings.betas[1]), gradient**2, rtol=1e-4, atol=0.0)
+        torch.testing.assert_close(
+            state[f"causal_lm.{name}/exp_avg_sq"] / (1 - settings.betas[1]), gradient**2, rtol=1e-4, atol=0.0
+        )
 
 
 def test_equal_runs_have_equal_checksums_and_other_runs_others(path: str, tmp_path: Path) -> None:
@@ -248,7 +275,9 @@ def commit(rank: int, ranks: int, port: int, path: str, settings: LearnerConfig,
     return live_on(learner, f"{folder}/trained on").weights
 
 
-def move(rank: int, ranks: int, port: int, path: str, settings: LearnerConfig, files: list[str], folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def move(
+    rank: int, ranks: int, port: int, path: str, settings: LearnerConfig, files: list[str], folder: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Restore, save again, train on; the weights before and after."""
     learner = make_learner(path, settings, rank=rank, ranks=ranks, port=port)
     assert learner.restore(f"{folder}/saved", files).ranks == len(files)
@@ -271,7 +300,9 @@ MOVES = [
 
 
 @pytest.mark.parametrize(("before", "after", "options"), MOVES)
-def test_ranks_and_stage_can_change(before: tuple[int, int], after: tuple[int, int], options: dict[str, Any], path: str, tmp_path: Path) -> None:
+def test_ranks_and_stage_can_change(
+    before: tuple[int, int], after: tuple[int, int], options: dict[str, Any], path: str, tmp_path: Path
+) -> None:
     (ranks, stage), (new_ranks, new_stage) = before, after
     old, new = (
         config(zero_stage=stage, weight_decay=options.get("weight_decay", 0.0), dtype=options.get("dtype", "float32")),
@@ -282,11 +313,14 @@ def test_ranks_and_stage_can_change(before: tuple[int, int], after: tuple[int, i
     saved = assembled(tmp_path / "saved")
     assert_equal(assembled(tmp_path / "moved"), saved)
     for name, tensor in restored.items():
-        assert torch.equal(tensor.flatten(), torch.as_tensor(saved[f"causal_lm.{name}/weight"]).to(getattr(torch, new.dtype)).float()), name
+        assert torch.equal(
+            tensor.flatten(), torch.as_tensor(saved[f"causal_lm.{name}/weight"]).to(getattr(torch, new.dtype)).float()
+        ), name
     gap = torch.cat([(tensor - want[name]).abs().flatten() for name, tensor in got.items()])
     if new.dtype == "float32":
         assert float(gap.max()) < TOLERANCE
-    else:  # gradients are rounded in another order: that is a whole step where a moment is about zero, and little on average
+    # gradients are rounded in another order: that is a whole step where a moment is about zero, and little on average
+    else:
         assert float(gap.mean()) < RATE / 20
 
 
@@ -296,7 +330,13 @@ def test_ranks_and_stage_can_change(before: tuple[int, int], after: tuple[int, i
 def two_shards(learner: Learner, folder: Path) -> None:
     """A commit of two ranks, written by one process."""
     for rank in range(2):
-        write_shard(Folder(folder), [f.part(rank, 2) for f in learner._engine.fragments()], role=learner.role, rank=rank, ranks=2)
+        write_shard(
+            Folder(folder),
+            [f.part(rank, 2) for f in learner._engine.fragments()],
+            role=learner.role,
+            rank=rank,
+            ranks=2,
+        )
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
@@ -336,7 +376,11 @@ def of_another_format(header: dict[str, Any], tensors: dict[str, Tensor]) -> Non
 DAMAGED = [
     (without_a_range, rf"must hold each of the 3072 elements of '{WTE}' once, got 0:1536 in rank-0.safetensors$"),
     (with_an_overlap, rf"of '{WTE}' once, got 0:1536 in rank-0.safetensors, 1535:3071 in rank-1.safetensors$"),
-    (without_a_moment, rf"rank-1.safetensors: '{WTE}' must have weight, exp_avg, exp_avg_sq of one length, got shapes \[\[1536\], None, \[1536\]\]$"),
+    (
+        without_a_moment,
+        rf"rank-1.safetensors: '{WTE}' must have weight, exp_avg, exp_avg_sq of one length, got shapes \[\[1536\], "
+        r"None, \[1536\]\]$",
+    ),
     (of_another_size, rf"of '{WTE}' once, got 0:1536 in rank-0.safetensors, 1536:3072 in rank-1.safetensors$"),
     (of_another_format, r"rank-1.safetensors: must be a shard that a learner wrote, format 1, got one that is not"),
 ]
@@ -361,7 +405,9 @@ def refused(learner: Learner, folder: Path, files: list[str], message: str) -> N
 
 
 @pytest.mark.parametrize(("change", "message"), DAMAGED)
-def test_a_commit_that_is_not_whole_is_refused(change: Callable[..., None], message: str, learner: Learner, path: str, tmp_path: Path) -> None:
+def test_a_commit_that_is_not_whole_is_refused(
+    change: Callable[..., None], message: str, learner: Learner, path: str, tmp_path: Path
+) -> None:
     two_shards(make_learner(path, config()), tmp_path)
     rewrite(tmp_path / "rank-1.safetensors", change)
     refused(learner, tmp_path, shards(2), message)
@@ -370,22 +416,40 @@ def test_a_commit_that_is_not_whole_is_refused(change: Callable[..., None], mess
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 0], [0, 1, 1], []])
 def test_the_shards_must_be_all_of_one_commit(ranks: list[int], learner: Learner, path: str, tmp_path: Path) -> None:
     two_shards(make_learner(path, config()), tmp_path)
-    message = rf"must be given the shards of ranks 0 to 1, each once, got those of \[{', '.join(map(str, ranks))}\]" if ranks else "is missing from the shards"
+    message = (
+        rf"must be given the shards of ranks 0 to 1, each once, got those of \[{', '.join(map(str, ranks))}\]"
+        if ranks
+        else "is missing from the shards"
+    )
     refused(learner, tmp_path, [f"rank-{rank}.safetensors" for rank in ranks], message)
 
 
 def test_the_commit_of_another_model_is_refused(learner: Learner, path: str, tmp_path: Path) -> None:
     wide = save_tiny_model(tmp_path / "wide model", width=64)
     others = {
-        "critic": (make_learner(path, config(), role="critic"), r"critic/rank-0.safetensors: must be a shard of the policy, got one of the critic"),
-        "wide": (make_learner(wide, config()), r"'causal_lm.transformer.\S+' must have the model's \d+ elements, got \d+"),
-        "heads": (make_learner(path, config(trainable="heads")), r"hold the model's 28 trainable parameters, 'causal_lm.transformer.h.0\S+' is missing"),
+        "critic": (
+            make_learner(path, config(), trainee="critic"),
+            r"critic/rank-0.safetensors: must be a shard of the policy, got one of the critic",
+        ),
+        "wide": (
+            make_learner(wide, config()),
+            r"'causal_lm.transformer.\S+' must have the model's \d+ elements, got \d+",
+        ),
+        "heads": (
+            make_learner(path, config(trainable="heads")),
+            r"hold the model's 28 trainable parameters, 'causal_lm.transformer.h.0\S+' is missing",
+        ),
     }
     for name, (other, message) in others.items():
         other.save(str(tmp_path / name))
         refused(learner, tmp_path / name, shards(1), message)
-    head = make_learner(path, config(trainable="heads"), role="critic")
-    refused(head, tmp_path / "critic", shards(1), r"hold the model's 2 trainable parameters, 'trunk.h.0\S+' is unknown to the model")
+    head = make_learner(path, config(trainable="heads"), trainee="critic")
+    refused(
+        head,
+        tmp_path / "critic",
+        shards(1),
+        r"hold the model's 2 trainable parameters, 'trunk.h.0\S+' is unknown to the model",
+    )
 
 
 def test_a_file_that_is_no_shard_is_refused(learner: Learner, tmp_path: Path) -> None:
@@ -401,9 +465,8 @@ def test_a_file_that_is_no_shard_is_refused(learner: Learner, tmp_path: Path) ->
 
 
 def ready(rank: int, ranks: int, port: int, path: str, role: str, **options: Any) -> LearnerReady:
-    objective = PolicyGradient() if role == "policy" else SquaredError()
-    learner = Learner(role=role, rank=rank, ranks=ranks, path=path, config=config(**options), temperature=1.0, objective=objective,  # type: ignore[arg-type]
-        total_updates=1, seed=0, timeout_s=30.0)  # fmt: skip
+    spec = LearnerSpec(trainee=TRAINEES[role], path=path, config=config(**options), total_updates=1, seed=0)
+    learner = Learner(spec=spec, rank=rank, ranks=ranks, timeout_s=30.0)
     return learner.connect("127.0.0.1", port or free_port())
 
 
@@ -417,5 +480,9 @@ def test_ready_has_the_checksum_of_the_model_as_it_was_loaded(path: str, tmp_pat
     assert len(alone) == 32
     assert on(2, ready_in_two_stages, path) == [[alone, alone]] * 2
     other = save_tiny_model(tmp_path, seed=1)
-    different = {ready(0, 1, 0, other, "policy").checksum, ready(0, 1, 0, path, "critic").checksum, ready(0, 1, 0, path, "policy", dtype="bfloat16").checksum}
+    different = {
+        ready(0, 1, 0, other, "policy").checksum,
+        ready(0, 1, 0, path, "critic").checksum,
+        ready(0, 1, 0, path, "policy", dtype="bfloat16").checksum,
+    }
     assert len(different | {alone}) == 4

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from actors import weights as weights_module
-from actors.model import load_causal_lm
-from actors.weights import Weights, pack
+from actors.models.causal_lm import load_causal_lm
+from actors.weights import Weights, copy_parameters, pack
 from learner_helpers import save_tiny_model
 
 
@@ -28,7 +28,10 @@ class Small(nn.Module):
 
 
 def same_bits(a: nn.Module, b: nn.Module) -> bool:
-    return all(p.detach().numpy().tobytes() == q.detach().numpy().tobytes() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    return all(
+        p.detach().numpy().tobytes() == q.detach().numpy().tobytes()
+        for p, q in zip(a.parameters(), b.parameters(), strict=True)
+    )
 
 
 def over_the_wire(weights: Weights) -> Weights:
@@ -41,6 +44,12 @@ def over_the_wire(weights: Weights) -> Weights:
     return received  # type: ignore[no-any-return]
 
 
+def load(weights: Weights, model: torch.nn.Module) -> None:
+    """As a rollout worker does."""
+    weights.verify()
+    copy_parameters(model, weights.tensors())
+
+
 @pytest.mark.parametrize("bucket_bytes", [1, 128, 1 << 20])
 def test_float32_round_trip_to_the_bit_in_any_buckets(bucket_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights_module, "BUCKET_BYTES", bucket_bytes)
@@ -49,17 +58,19 @@ def test_float32_round_trip_to_the_bit_in_any_buckets(bucket_bytes: int, monkeyp
     assert weights.version == 7
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        over_the_wire(weights).load_into(target)
+        load(over_the_wire(weights), target)
     assert same_bits(source, target)
-    assert pack(target.named_parameters(), "float32", 8).checksum == weights.checksum, "the same weights have the same checksum in any version"
+    assert pack(target.named_parameters(), "float32", 8).checksum == weights.checksum, (
+        "the same weights have the same checksum in any version"
+    )
 
 
 def test_bfloat16_is_rounded_once_and_then_exact() -> None:
     source, rounded, again = Small(0), Small(1), Small(2).bfloat16()
     weights = pack(source.named_parameters(), "bfloat16", 1)
     assert sum(b.nbytes for b in weights.buckets) < 64 * 5 + 2 * sum(p.numel() for p in source.parameters())
-    over_the_wire(weights).load_into(rounded)
-    over_the_wire(weights).load_into(again)
+    load(over_the_wire(weights), rounded)
+    load(over_the_wire(weights), again)
     for p, q, r in zip(source.parameters(), rounded.parameters(), again.parameters(), strict=True):
         assert torch.equal(p.detach().bfloat16().view(torch.int16), r.detach().view(torch.int16))
         assert torch.equal(q.detach().bfloat16().view(torch.int16), r.detach().view(torch.int16))
@@ -70,7 +81,7 @@ def test_one_flipped_bit_is_found_and_the_model_left_alone() -> None:
     weights, target = pack(Small(0).named_parameters(), "float32", 3), Small(1)
     weights.buckets[0][5] ^= 1
     with pytest.raises(ValueError, match=f"version 3 must have checksum {weights.checksum}, got"):
-        weights.load_into(target)
+        load(weights, target)
     assert same_bits(target, Small(1))
 
 
@@ -79,18 +90,18 @@ def test_a_manifest_that_lies_about_names_is_found() -> None:
     names = ("a.bias", "a.weight", *weights.manifest.names[2:])
     swapped = dataclasses.replace(weights, manifest=dataclasses.replace(weights.manifest, names=names))
     with pytest.raises(ValueError, match="checksum"):
-        swapped.load_into(Small(1))
+        load(swapped, Small(1))
 
 
 def test_missing_unknown_and_misshapen_parameters_are_named() -> None:
     named = dict(Small(0).named_parameters())
-    with pytest.raises(ValueError, match=r"'scalar' is missing from the published version"):
-        pack([(n, p) for n, p in named.items() if n != "scalar"], "float32", 1).load_into(Small(1))
+    with pytest.raises(ValueError, match=r"must hold the model's \d parameters, 'scalar' is missing"):
+        load(pack([(n, p) for n, p in named.items() if n != "scalar"], "float32", 1), Small(1))
     with pytest.raises(ValueError, match=r"'extra' is unknown to the model"):
-        pack([*named.items(), ("extra", torch.zeros(1))], "float32", 1).load_into(Small(1))
+        load(pack([*named.items(), ("extra", torch.zeros(1))], "float32", 1), Small(1))
     target = Small(1)
     with pytest.raises(ValueError, match=r"'b' must have shape \(3, 2, 2\), got \(12,\)"):
-        pack((named | {"b": named["b"].detach().reshape(-1)}).items(), "float32", 1).load_into(target)
+        load(pack((named | {"b": named["b"].detach().reshape(-1)}).items(), "float32", 1), target)
     assert same_bits(target, Small(1))
 
 

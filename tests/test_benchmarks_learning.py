@@ -1,10 +1,13 @@
-"""The pure parts of the learning benchmark: what it would run, and what it makes of results. Running it is the benchmark itself."""
+"""The pure parts of the learning benchmark: what it would run, and what it makes of results.
+
+Running it is the benchmark itself.
+"""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,36 +17,49 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from learning_report import Result, gain, lead, plot, smooth, table
 from learning_variants import VARIANTS, Variant, pretraining
 
-from pipeline.config import RunConfig
+from pipeline.algorithms.registry import ALGORITHMS
 
+BENCHMARKS = Path(__file__).parent / "benchmarks"
 OURS = [variant for variant in VARIANTS if not variant.trainer]
 A, B = (Variant(name=name, panel="ours", algorithm={"name": "grpo"}, rate=1e-3) for name in ("A", "B"))
 THEIRS = Variant(name="C", panel="theirs", algorithm={}, rate=1e-3, trainer="GRPO", beside="A")
 
 
 def result(name: str, seed: int, after: list[float], curve: list[float]) -> Result:
-    return Result(variant=name, seed=seed, settings={}, before=[0.5] * len(after), after=after, curve=curve, seconds=8.0)
+    return Result(
+        variant=name, seed=seed, settings={}, before=[0.5] * len(after), after=after, curve=curve, seconds=8.0
+    )
 
 
 @pytest.mark.parametrize("variant", OURS, ids=lambda variant: variant.name)
 def test_every_variant_is_a_run_of_the_same_budget(variant: Variant) -> None:
     config = variant.config("model", seed=2, steps=7)
-    assert (config.batch.samples, config.steps, config.seed, config.finetune.epochs, config.model.path) == (100, 7, 2, 0, "model")
+    assert (config.batch.samples, config.steps, config.seed, config.finetune.epochs, config.model.path) == (
+        100,
+        7,
+        2,
+        0,
+        "model",
+    )
     assert config.algorithm.name == variant.algorithm["name"]
     assert config.algorithm.needs_critic == (variant.critic_rate > 0)
     assert (config.model.width, config.sampling.max_new_tokens) == (64, 9), "the rest is the recipe's"
 
 
 def test_no_algorithm_goes_unshown() -> None:
-    kinds = get_args(RunConfig.model_fields["algorithm"].annotation)
-    assert {variant.algorithm["name"] for variant in OURS} == {kind.model_fields["name"].default for kind in kinds}
+    assert {variant.algorithm["name"] for variant in OURS} == ALGORITHMS.keys()
     assert len({variant.file for variant in VARIANTS}) == len(VARIANTS)
     assert all(variant.beside in {ours.name for ours in OURS} for variant in VARIANTS if variant.trainer)
 
 
 def test_all_begin_with_the_recipes_own_fine_tuning() -> None:
     config = pretraining(seed=1)
-    assert (config.seed, config.steps, config.finetune.epochs, config.finetune.learner.learning_rate) == (1, 1, 15, 1e-3)
+    assert (config.seed, config.steps, config.finetune.epochs, config.finetune.learner.learning_rate) == (
+        1,
+        1,
+        15,
+        1e-3,
+    )
 
 
 def test_a_result_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -79,3 +95,12 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     results = {name: [result(name, seed, [0.6, 0.7], [0.5, 0.6, 0.7]) for seed in range(2)] for name in ("A", "B", "C")}
     plot((A, B, THEIRS), results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["learning.py", "generation.py"])
+def test_what_a_benchmark_imports_is_there(script: str) -> None:
+    said = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, timeout=300
+    )
+    assert (said.returncode, said.stderr) == (0, "")

@@ -33,7 +33,9 @@ def sleeper(ray_session: Session) -> Any:
     return handle
 
 
-def watch(pump: Pump, ref: Any, done: Callable[[Any], None], failed: Callable[[BaseException], None], timeout_s: float = 20.0) -> None:
+def watch(
+    pump: Pump, ref: Any, done: Callable[[Any], None], failed: Callable[[BaseException], None], timeout_s: float = 20.0
+) -> None:
     pump.watch(ref, who="sleeper[0]", phase="sleep", timeout_s=timeout_s, on_done=done, on_error=failed)
 
 
@@ -75,6 +77,17 @@ def test_an_answer_that_arrived_while_the_driver_was_busy_counts(sleeper: Any) -
     pump.run_until(lambda: len(values) == 2, timeout_s=20, waiting_for="the calls")
 
 
+def test_a_timer_is_something_to_wait_for_until_it_is_cancelled() -> None:
+    pump, rung = Pump(), []
+    pump.later(0.1, lambda: rung.append("later"))
+    pump.later(0.0, lambda: rung.append("sooner"))
+    pump.run_until(lambda: len(rung) == 2, timeout_s=5, waiting_for="the bell")
+    assert rung == ["sooner", "later"]
+    pump.cancel(pump.later(0.0, lambda: rung.append("never")))
+    with pytest.raises(RunError, match="nothing is running that it could wait for"):
+        pump.run_until(lambda: len(rung) == 3, timeout_s=5, waiting_for="the bell")
+
+
 def test_a_forgotten_call_is_not_heard(sleeper: Any) -> None:
     pump = Pump()
     values: list[Any] = []
@@ -99,7 +112,10 @@ def test_a_wait_that_takes_too_long_names_what_is_still_running(sleeper: Any) ->
     watch(pump, sleeper.sleep.remote(0.5), unexpected, unexpected)
     with pytest.raises(RunError) as caught:
         pump.run_until(lambda: False, timeout_s=0.2, waiting_for="rollouts of step 3")
-    assert str(caught.value) == "driver failed during 'rollouts of step 3': no answer within 0.2 s, still waiting for sleeper[0] ('sleep')."
+    assert (
+        str(caught.value)
+        == "driver failed during 'rollouts of step 3': no answer within 0.2 s, still waiting for sleeper[0] ('sleep')."
+    )
 
 
 def test_long_work_of_many_calls_may_take_its_time_while_answers_keep_coming(sleeper: Any) -> None:
@@ -125,7 +141,7 @@ def test_what_a_callback_raises_comes_out_and_the_others_stay_watched(sleeper: A
     pump = Pump()
     values: list[Any] = []
     watch(pump, sleeper.sleep.remote(0, "first"), unexpected, unexpected)
-    watch(pump, sleeper.sleep.remote(0, "second"), values.append, unexpected)
+    watch(pump, sleeper.sleep.remote(0.5, "second"), values.append, unexpected)
     with pytest.raises(AssertionError, match=r"first"):
         pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="both")
     pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="the second")

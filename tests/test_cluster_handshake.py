@@ -37,7 +37,8 @@ def test_a_changed_file_is_named(package: Path) -> None:
     with pytest.raises(RunError) as caught:
         compare(driver, fingerprint(["parcel"]), "rollout[0]")
     assert str(caught.value) == (
-        "rollout[0] failed during 'handshake': it imports another copy of parcel than the driver, or one edited since the run began "
+        "rollout[0] failed during 'handshake': it imports another copy of parcel than the driver, or one edited since "
+        "the run began "
         "(different: parcel/inner/b.py). "
         "Submit the run as a Ray job, which ships the working directory, or install the same copy on every node."
     )
@@ -45,7 +46,11 @@ def test_a_changed_file_is_named(package: Path) -> None:
 
 def test_a_missing_package_is_named(package: Path) -> None:
     driver = fingerprint(["parcel", "cluster"])
-    with pytest.raises(RunError, match=r"another copy of parcel than the driver, .* \(different: parcel/__init__.py, parcel/a.py, parcel/inner/b.py\)"):
+    with pytest.raises(
+        RunError,
+        match=r"another copy of parcel than the driver, .* \(different: parcel/__init__.py, parcel/a.py, "
+        r"parcel/inner/b.py\)",
+    ):
         compare(driver, fingerprint(["cluster"]), "rollout[0]")
 
 
@@ -56,7 +61,8 @@ def test_different_versions_are_named_on_both_sides() -> None:
         compare(driver, worker, "critic[3]")
     assert str(caught.value) == (
         "critic[3] failed during 'handshake': its node has other versions than the driver: "
-        f"python is 3.12.1 there, {driver.python} here; torch is 2.12.1 there, 2.13.0 here; pyarrow is missing there, 26.0.0 here. "
+        f"python is 3.12.1 there, {driver.python} here; torch is 2.12.1 there, 2.13.0 here; pyarrow is missing there, "
+        "26.0.0 here. "
         "Install the same versions on every node."
     )
 
@@ -72,6 +78,9 @@ def test_builds_of_one_release_are_equal_and_of_two_are_not() -> None:
 def test_both_images_have_the_same_python() -> None:
     """The handshake refuses nodes whose Pythons differ."""
     docker = Path(__file__).parents[1] / "docker"
-    bases = {name: re.findall(r"^FROM (\S+)", (docker / name).read_text(), re.MULTILINE) for name in ("Dockerfile", "Dockerfile.gpu")}
+    bases = {
+        name: re.findall(r"^FROM (\S+)", (docker / name).read_text(), re.MULTILINE)
+        for name in ("Dockerfile", "Dockerfile.gpu")
+    }
     assert bases["Dockerfile"] == ["python:3.12-slim"]
     assert [base.rpartition("-")[2] for base in bases["Dockerfile.gpu"]] == ["ubuntu24.04"]  # whose python3 is 3.12

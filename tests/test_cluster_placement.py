@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import Bundle, NodeResources, Placement, RoleDemand, Slot, plan_placement, shortages, usable_cores
+from cluster.placement import (
+    Bundle,
+    NodeResources,
+    Placement,
+    RoleDemand,
+    Slot,
+    cpus_that_fit,
+    plan_placement,
+    shortages,
+    usable_cores,
+)
 
 
 def seats(placement: Placement) -> list[tuple[str, int, int, float, float]]:
@@ -49,7 +59,12 @@ def test_every_worker_has_devices_of_its_own_when_they_are_not_shared() -> None:
 
 
 def test_a_shared_gpu_is_divided_among_those_who_use_it() -> None:
-    demands = [RoleDemand("policy", 1, 1), RoleDemand("rollout", 1, 1), RoleDemand("critic", 1, 0.5), RoleDemand("reward", 1, 0)]
+    demands = [
+        RoleDemand("policy", 1, 1),
+        RoleDemand("rollout", 1, 1),
+        RoleDemand("critic", 1, 0.5),
+        RoleDemand("reward", 1, 0),
+    ]
     placement = plan_placement(demands, share_devices=True, cpus_per_bundle=8, local_cpus=1)
     assert placement.bundles == (Bundle(cpus=8, gpus=1),)
     assert [slot.gpus for slot in placement.slots] == [0.3333, 0.3333, 0.3333, 0]
@@ -66,7 +81,9 @@ def test_more_bundles_than_cores_get_one_cpu_each() -> None:
     st.booleans(),
     st.integers(0, 9),
 )
-def test_residents_never_ask_for_more_than_their_bundle(wanted: list[tuple[int, float]], share: bool, cpus: int) -> None:
+def test_residents_never_ask_for_more_than_their_bundle(
+    wanted: list[tuple[int, float]], share: bool, cpus: int
+) -> None:
     demands = [RoleDemand(f"role{number}", workers, gpus) for number, (workers, gpus) in enumerate(wanted)]
     placement = plan_placement(demands, share_devices=share, cpus_per_bundle=cpus, local_cpus=4)
     assert len(placement.slots) == sum(workers for workers, _ in wanted)
@@ -80,7 +97,12 @@ def test_residents_never_ask_for_more_than_their_bundle(wanted: list[tuple[int, 
 @pytest.mark.parametrize(
     ("gpus", "share", "message"),
     [
-        (2, True, "policy.gpus: must be at most 1 while devices are shared (Ray divides one GPU, not several), got 2; set cluster.share_devices = false"),
+        (
+            2,
+            True,
+            "policy.gpus: must be at most 1 while devices are shared (Ray divides one GPU, not several), got 2; set "
+            "cluster.share_devices = false",
+        ),
         (1.5, False, "policy.gpus: must be a whole number when above 1, got 1.5"),
     ],
 )
@@ -103,7 +125,8 @@ def test_what_fits_is_not_reported() -> None:
 def test_a_shortage_says_what_is_asked_what_there_is_and_what_to_change() -> None:
     nodes = [NodeResources(name="10.0.0.1", cpus=16, gpus=2), NodeResources(name="10.0.0.2", cpus=1, gpus=0)]
     assert shortages(placement_of(*[Bundle(cpus=4, gpus=1)] * 3), nodes) == [
-        "1 of 3 bundles of 4 CPUs and 1 GPU fit no node; there is 10.0.0.1 with 16 CPUs and 2 GPUs; 10.0.0.2 with 1 CPU. "
+        "1 of 3 bundles of 4 CPUs and 1 GPU fit no node; there is 10.0.0.1 with 16 CPUs and 2 GPUs; 10.0.0.2 with 1 "
+        "CPU. "
         "Add nodes, or lower the workers, ranks or gpus of the roles or cluster.cpus_per_bundle."
     ]
 
@@ -135,7 +158,9 @@ def test_bundles_cannot_be_spread_over_nodes() -> None:
         ({"cpu/cpu.cfs_quota_us": "1000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
     ],
 )
-def test_a_container_s_quota_limits_the_cores(files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_s_quota_limits_the_cores(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -144,6 +169,45 @@ def test_a_container_s_quota_limits_the_cores(files: dict[str, str], cores: int,
 
 
 def test_planning_needs_neither_ray_nor_torch() -> None:
-    modules = "cluster.placement, cluster.faults, cluster.events, cluster.pool, cluster.gang, cluster.spawn, cluster.session, cluster.handshake"
+    modules = (
+        "cluster.placement, cluster.faults, cluster.events, cluster.pool, cluster.gang, cluster.spawn, "
+        "cluster.session, cluster.handshake"
+    )
     code = f"import {modules}, sys; sys.exit(' '.join({{'ray', 'torch'}} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30).stderr.strip() == ""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30
+        ).stderr.strip()
+        == ""
+    )
+
+
+def nodes(*sizes: tuple[float, float]) -> list[NodeResources]:
+    return [NodeResources(name=f"10.0.0.{i}", cpus=cpus, gpus=gpus) for i, (cpus, gpus) in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("has", "gpus", "cpus"),
+    [
+        ([(8, 0)], 0, 2),  # four bundles on one node: its cores over their number
+        ([(16, 0), (16, 0)], 0, 8),  # two on each
+        ([(2, 0), (32, 0)], 0, 8),  # the head is too small to help
+        ([(0, 0), (12, 0), (12, 0), (12, 0), (12, 0)], 0, 12),  # a head that takes no work
+        ([(10, 0), (6, 0)], 0, 3),  # three of them on one, one on the other; with 4 each, two and one
+        ([(64, 0), (8, 4)], 1, 2),  # only one node has the GPUs
+        ([(2, 0)], 0, 0),  # not yet
+        ([], 0, 0),
+    ],
+)
+def test_bundles_are_as_large_as_the_nodes_that_do_the_work_allow(
+    has: list[tuple[float, float]], gpus: float, cpus: int
+) -> None:
+    demands = [RoleDemand("policy", 4, gpus), RoleDemand("rollout", 2, 0)]
+    assert cpus_that_fit(demands, share_devices=True, nodes=nodes(*has)) == cpus
+
+
+@given(st.integers(1, 12), st.integers(1, 100))
+def test_on_one_node_it_is_what_the_same_machine_would_do_alone(workers: int, cores: int) -> None:
+    demands = [RoleDemand("policy", workers, 0)]
+    alone = plan_placement(demands, share_devices=True, cpus_per_bundle=0, local_cpus=cores).bundles[0].cpus
+    assert cpus_that_fit(demands, share_devices=True, nodes=nodes((cores, 0))) == (alone if cores >= workers else 0)

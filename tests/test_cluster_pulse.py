@@ -14,9 +14,12 @@ from cluster.config import ClusterConfig
 from cluster.events import Pump
 from cluster.faults import Fault, RunError
 from cluster.gang import Gang
+from cluster.halving import DivisibleWork, submit_divisible
 from cluster.placement import RoleDemand, plan_placement
-from cluster.pool import Pool, Work
+from cluster.pool import Pool
+from cluster.pulse import silent_from
 from cluster.session import Session
+from cluster.work import Work
 
 CONFIG = ClusterConfig(pulse_timeout_s=3, peer_timeout_s=4)  # and half an hour for a call
 
@@ -26,6 +29,12 @@ class Worker:
 
     def connect(self, address: str, port: int) -> None:
         pass
+
+    def hang(self, really: bool) -> int:
+        if really:
+            silent_from(time.monotonic())
+            time.sleep(300)
+        return os.getpid()
 
     def work(self, seconds: float, hard: bool = False) -> int:
         until = time.monotonic() + seconds
@@ -39,13 +48,49 @@ class Worker:
 def spawned(ray_session: Session) -> Any:
     session = Session(CONFIG, ray_session.log_dir, packages=("cluster",))
     session._is_local = True
-    placed = session.place(plan_placement([RoleDemand("worker", 2, 0)], share_devices=False, cpus_per_bundle=1, local_cpus=2))
+    placed = session.place(
+        plan_placement([RoleDemand("worker", 2, 0)], share_devices=False, cpus_per_bundle=1, local_cpus=2)
+    )
     yield lambda index: placed.spawn(Worker, "worker", index)
     placed.remove()
 
 
 def call(seconds: float, *, hard: bool = False) -> Callable[[Any, int], tuple[Any, ...]]:
     return lambda worker, attempt: (worker.work.remote(seconds, hard),)
+
+
+@pytest.mark.slow
+def test_a_worker_that_knows_that_it_hangs_gives_no_sign_of_life_and_the_sample_is_found(
+    ray_session: Session, spawned: Any
+) -> None:
+    """As the reward actor does, when the function cannot be interrupted.
+
+    The others of the chunk are done by another worker.
+    """
+    pump, found = Pump(), list[tuple[int, dict[int, str]]]()
+    pool = Pool(
+        "worker",
+        spawned,
+        1,
+        pump,
+        CONFIG.model_copy(update={"max_attempts": 1, "max_replacements": 1}),
+        ray_session.fingerprint,
+    )
+    pool.start()
+    submit_divisible(
+        pool,
+        DivisibleWork(
+            phase="work",
+            items=[4, 5],
+            group_of=lambda item: item,
+            send=lambda worker, attempt, without: (worker.hang.remote(5 not in without),),
+            on_done=lambda pid, data, lost: found.append((pid, dict(lost))),
+        ),
+    )
+    pump.run_until(lambda: bool(found), timeout_s=60, waiting_for="the work")
+    assert found == [(pool.workers[0].pid, {5: "hung its worker"})]
+    assert pool.replaced == 3, "over both, and twice over the one"
+    pool.close()
 
 
 @pytest.mark.slow
@@ -56,7 +101,9 @@ def test_a_stopped_worker_of_a_pool_is_replaced_and_its_work_done(ray_session: S
     pool.wait_ready()
     stopped, began = pool.workers[0].pid, time.monotonic()
     pool.submit(Work(phase="work", send=call(1.0), on_done=lambda pid, data, attempt: pids.append((pid, attempt))))
-    pump.add_tick(lambda: os.kill(stopped, signal.SIGSTOP) if not pids and time.monotonic() < began + 0.9 else None, every_s=0.2)
+    pump.add_tick(
+        lambda: os.kill(stopped, signal.SIGSTOP) if not pids and time.monotonic() < began + 0.9 else None, every_s=0.2
+    )
     pump.run_until(lambda: bool(pids), timeout_s=60, waiting_for="the work")
     pool.close()
     assert pids[0][0] != stopped
@@ -65,19 +112,23 @@ def test_a_stopped_worker_of_a_pool_is_replaced_and_its_work_done(ray_session: S
 
 
 @pytest.mark.slow
-def test_a_stopped_gang_of_one_has_no_peer_to_miss_it_and_is_noticed_all_the_same(ray_session: Session, spawned: Any) -> None:
+def test_a_stopped_gang_of_one_has_no_peer_to_miss_it_and_is_noticed_all_the_same(
+    ray_session: Session, spawned: Any
+) -> None:
     pump = Pump()
     gang = Gang("worker", spawned, 1, pump, CONFIG, ray_session.fingerprint)
     gang.start()
     gang.connect()
-    [pid] = gang.call("work", lambda rank, _: rank.work.remote(4.0, True))  # longer than pulse_timeout_s and without a pause
+    # longer than pulse_timeout_s and without a pause
+    [pid] = gang.call("work", lambda rank, _: rank.work.remote(4.0, True))
     os.kill(pid, signal.SIGSTOP)  # while idle: noticed once it is given something to do
     began = time.monotonic()
     with pytest.raises(RunError) as caught:
         gang.call("work", lambda rank, _: rank.work.remote(0.1))
     assert (caught.value.who, caught.value.fault) == ("worker[0]", Fault.EXPIRED)
     assert time.monotonic() - began < 20
-    gang.rebuild()
+    gang.restart()
+    gang.connect()
     assert gang.call("work", lambda rank, _: rank.work.remote(0.1)) != [pid]
     gang.close()
 

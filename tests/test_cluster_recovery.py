@@ -1,4 +1,6 @@
-"""A lost rank, end to end: real torch.distributed ranks are killed and stopped in the middle of a collective, and the gang is rebuilt."""
+"""A lost rank, end to end: real torch.distributed ranks are killed and stopped in the middle of a collective, and the
+gang is rebuilt.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ from cluster.events import Pump
 from cluster.faults import Fault, RunError
 from cluster.gang import Gang
 from cluster.placement import RoleDemand, plan_placement
-from cluster.pool import Pool, Work
+from cluster.pool import Pool
 from cluster.session import Session
-from cluster.spawn import Placed
+from cluster.spawn import Spawner
+from cluster.work import Work
 
 CONFIG = ClusterConfig(ready_timeout_s=40, call_timeout_s=30, peer_timeout_s=3)
 
@@ -39,7 +42,9 @@ class Reducer:
         import torch.distributed
 
         method, timeout = f"tcp://{address}:{port}", timedelta(seconds=self.timeout_s)
-        torch.distributed.init_process_group("gloo", init_method=method, rank=self.rank, world_size=self.ranks, timeout=timeout)
+        torch.distributed.init_process_group(
+            "gloo", init_method=method, rank=self.rank, world_size=self.ranks, timeout=timeout
+        )
         return os.getpid(), port
 
     def reduce(self, rounds: int = 1) -> tuple[float, int]:
@@ -64,7 +69,7 @@ class Napper:
 
 
 @pytest.fixture(scope="module")
-def placed(ray_session: Session) -> Iterator[Placed]:
+def placed(ray_session: Session) -> Iterator[Spawner]:
     """A bundle for each, so that a new rank must wait until the old one has left its seat."""
     asked = [RoleDemand("policy", 2, 0), RoleDemand("rollout", 2, 0)]
     placed = ray_session.place(plan_placement(asked, share_devices=False, cpus_per_bundle=1, local_cpus=1))
@@ -79,7 +84,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 @pytest.fixture
-def make_gang(ray_session: Session, placed: Placed) -> Iterator[Callable[..., Gang]]:
+def make_gang(ray_session: Session, placed: Spawner) -> Iterator[Callable[..., Gang]]:
     gangs: list[Gang] = []
 
     def make(ranks: int = 2, pump: Pump | None = None, **arguments: Any) -> Gang:
@@ -104,6 +109,11 @@ def interrupt(gang: Gang, pid: int, number: signal.Signals) -> tuple[RunError, f
     return caught.value, time.monotonic() - began
 
 
+def rebuild(gang: Gang) -> list[Any]:
+    gang.restart()
+    return gang.connect()
+
+
 def is_gone(pid: int) -> bool:
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
@@ -111,7 +121,9 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def test_killed_and_stopped_ranks_are_told_by_name_and_the_gang_is_rebuilt_each_time(make_gang: Callable[..., Gang], logged: pytest.LogCaptureFixture) -> None:
+def test_killed_and_stopped_ranks_are_told_by_name_and_the_gang_is_rebuilt_each_time(
+    make_gang: Callable[..., Gang], logged: pytest.LogCaptureFixture
+) -> None:
     gang = make_gang()
     met = [gang.connect()]
 
@@ -119,14 +131,14 @@ def test_killed_and_stopped_ranks_are_told_by_name_and_the_gang_is_rebuilt_each_
     assert (error.who, error.phase) == ("policy[1]", "update 3")
     assert error.fault in (Fault.WORKER_LOST, Fault.EXPIRED)  # Ray may take longer to see it than its peer
     assert seconds < 10
-    met.append(gang.rebuild())
+    met.append(rebuild(gang))
 
     error, seconds = interrupt(gang, met[1][0][0], signal.SIGSTOP)
     assert (error.who, error.phase, error.fault) == ("policy[0]", "update 3", Fault.EXPIRED)
     assert "no answer; its peer policy[1] reports:" in str(error)
     assert "Timed out waiting 3000ms for" in str(error)
     assert 2.5 < seconds < 15
-    met.append(gang.rebuild())
+    met.append(rebuild(gang))
 
     results = gang.call("update 3", lambda handle, rank: handle.reduce.remote())
     assert [value for value, _ in results] == [2.0, 2.0]
@@ -135,20 +147,26 @@ def test_killed_and_stopped_ranks_are_told_by_name_and_the_gang_is_rebuilt_each_
     assert len(set(pids)) == 6
     assert len(set(ports)) == 3
     assert all(is_gone(pid) for pid in pids[:4]), "also the stopped one"
-    for line in (f"policy[1] ready: pid {pids[1]} on", "policy[1] lost in 'update 3': ", "policy[0] lost in 'update 3': it did not answer"):
+    for line in (
+        f"policy[1] ready: pid {pids[1]} on",
+        "policy[1] lost in 'update 3': ",
+        "policy[0] lost in 'update 3': it did not answer",
+    ):
         assert sum(message.startswith(line) for message in logged.messages) == 1
     assert sum(message.startswith("policy rebuilt in") for message in logged.messages) == 2
 
 
-def test_a_rank_that_dies_in_its_constructor_is_named_and_the_gang_can_be_rebuilt_again(make_gang: Callable[..., Gang], tmp_path: Path) -> None:
+def test_a_rank_that_dies_in_its_constructor_is_named_and_the_gang_can_be_rebuilt_again(
+    make_gang: Callable[..., Gang], tmp_path: Path
+) -> None:
     gang = make_gang(die_at=str(tmp_path / "die"))
     gang.connect()
     (tmp_path / "die").touch()
     with pytest.raises(RunError, match=r"policy\[1\] failed during 'start'") as caught:
-        gang.rebuild()
+        rebuild(gang)
     assert caught.value.fault is Fault.WORKER_LOST
     (tmp_path / "die").unlink()
-    gang.rebuild()
+    rebuild(gang)
     assert gang.call("update", lambda handle, rank: handle.reduce.remote())[1][0] == 2.0
 
 
@@ -159,16 +177,18 @@ def test_a_gang_of_one_that_stops_is_noticed_at_the_deadline_of_its_call(make_ga
     with pytest.raises(RunError, match=r"policy\[0\] failed during 'nap'.*\n.*no answer within 1 s") as caught:
         gang.call("nap", lambda handle, rank: handle.nap.remote(0), timeout_s=1)
     assert caught.value.fault is Fault.EXPIRED
-    [(new, _)] = gang.rebuild()
+    [(new, _)] = rebuild(gang)
     assert new != pid
     assert is_gone(pid)
 
 
 def test_a_rank_lost_while_idle_fails_the_next_call_and_pool_workers_live_through_the_rebuild(
-    make_gang: Callable[..., Gang], ray_session: Session, placed: Placed
+    make_gang: Callable[..., Gang], ray_session: Session, placed: Spawner
 ) -> None:
     pump, naps = Pump(), list[int]()
-    pool = Pool("rollout", lambda index: placed.spawn(Napper, "rollout", index), 2, pump, CONFIG, ray_session.fingerprint)
+    pool = Pool(
+        "rollout", lambda index: placed.spawn(Napper, "rollout", index), 2, pump, CONFIG, ray_session.fingerprint
+    )
     pool.start()
     gang = make_gang(pump=pump)
     pids = [pid for pid, _ in gang.connect()]
@@ -176,7 +196,13 @@ def test_a_rank_lost_while_idle_fails_the_next_call_and_pool_workers_live_throug
     before = pool.workers
 
     def submit(seconds: float, done: Callable[[int], None]) -> None:
-        pool.submit(Work(phase="nap", send=lambda worker, attempt: (worker.nap.remote(seconds),), on_done=lambda pid, data, attempt: done(pid)))
+        pool.submit(
+            Work(
+                phase="nap",
+                send=lambda worker, attempt: (worker.nap.remote(seconds),),
+                on_done=lambda pid, data, attempt: done(pid),
+            )
+        )
 
     def unwanted(pid: int) -> None:
         raise AssertionError("this work was dropped")
@@ -190,7 +216,7 @@ def test_a_rank_lost_while_idle_fails_the_next_call_and_pool_workers_live_throug
     assert caught.value.fault is Fault.WORKER_LOST
     pool.drop_work()
     submit(0.1, naps.append)
-    gang.rebuild()
+    rebuild(gang)
     submit(0.1, naps.append)
     pump.run_until(lambda: len(naps) == 2, timeout_s=20, waiting_for="naps")
     assert set(naps) <= {worker.pid for worker in before}

@@ -1,4 +1,6 @@
-"""Sessions in processes of their own: a local Ray that is silent and leaves nothing but its logs, and a cluster that is joined."""
+"""Sessions in processes of their own: a local Ray that is silent and leaves nothing but its logs, and a cluster that is
+joined.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ import ray
 from cluster.config import ClusterConfig
 from cluster.events import Pump
 from cluster.placement import RoleDemand, plan_placement
-from cluster.pool import Pool, Work
+from cluster.pool import Pool
+from cluster.work import Work
 from cluster.session import Session
 
 class Worker:
@@ -44,11 +47,13 @@ config = ClusterConfig(ready_timeout_s=60)
 with Session(config, Path(sys.argv[1]), packages=("cluster",), local_cpus=3) as session:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     nodes = session.nodes()
-    placed = session.place(plan_placement([RoleDemand("worker", 2, 0)], share_devices=True, cpus_per_bundle=1, local_cpus=1))
+    asked = [RoleDemand("worker", 2, 0)]
+    placed = session.place(plan_placement(asked, share_devices=True, cpus_per_bundle=1, local_cpus=1))
     pump, pids = Pump(), []
     pool = Pool("worker", lambda index: placed.spawn(Worker, "worker", index), 1, pump, config, session.fingerprint)
     pool.start()
-    pool.submit(Work(phase="work", send=lambda handle, attempt: (handle.work.remote(attempt),), on_done=lambda pid, data, attempt: pids.append(pid)))
+    send = lambda handle, attempt: (handle.work.remote(attempt),)
+    pool.submit(Work(phase="work", send=send, on_done=lambda pid, data, attempt: pids.append(pid)))
     pump.run_until(lambda: bool(pids), timeout_s=60, waiting_for="the work")
     stray = placed.spawn(Worker, "worker", 1)
     failed = stray.fail.remote()
@@ -56,7 +61,8 @@ with Session(config, Path(sys.argv[1]), packages=("cluster",), local_cpus=3) as 
     del failed
     placed.remove()
     temp_dir = ray._private.worker._global_node.get_temp_dir_path()
-    seen = [str(nodes[0].cpus), temp_dir, os.environ.get("RAY_AUTH_TOKEN", ""), str(pool.replaced), ray.get_runtime_context().gcs_address]
+    token, gcs = os.environ.get("RAY_AUTH_TOKEN", ""), ray.get_runtime_context().gcs_address
+    seen = [str(nodes[0].cpus), temp_dir, token, str(pool.replaced), gcs]
     Path(sys.argv[1], "seen").write_text("\\n".join(seen))
     sys.stdin.readline()
 assert not ray.is_initialized()
@@ -69,10 +75,14 @@ INTRUDER = "import ray, sys; ray.init(address=sys.argv[1])"
 
 @contextlib.contextmanager
 def running(log_dir: Path, **environment: str) -> Iterator[list[str]]:
-    """RUN in a process of its own, held at its end inside the session; afterwards it must have ended well and in silence."""
+    """RUN in a process of its own, held at its end inside the session; afterwards it must have ended well and in
+    silence.
+    """
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", RUN, str(log_dir)]
-    with subprocess.Popen(command, env=_without_ray() | environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, env=_without_ray() | environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
         deadline = time.monotonic() + 90
         while process.poll() is None and not (log_dir / "seen").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -88,7 +98,9 @@ def running(log_dir: Path, **environment: str) -> Iterator[list[str]]:
 def refused(address: str) -> bool:
     """Whether a client that knows another token is turned away; Ray tries for 20 s, its first complaint is enough."""
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with subprocess.Popen([sys.executable, "-c", INTRUDER, address], env=_without_ray() | access, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", INTRUDER, address], env=_without_ray() | access, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         complained = any("InvalidAuthToken" in line for line in process.stderr)
         process.kill()
@@ -115,17 +127,29 @@ def test_a_local_ray_is_silent_has_a_token_and_leaves_only_its_logs(tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment with which a cluster of one node can be joined: started by hand, with a token, in a process group of its own."""
+    """The environment with which a cluster of one node can be joined: started by hand, with a token, in a process group
+    of its own.
+    """
     with socket.create_server(("", 0)) as one, socket.create_server(("", 0)) as two:
         port, client_port = one.getsockname()[1], two.getsockname()[1]
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    ray_command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--include-dashboard=false", "--num-cpus=2"]
+    ray_command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--include-dashboard=false",
+        "--num-cpus=2",
+    ]
     temp_dir = tmp_path_factory.mktemp("r")
     with open(temp_dir / "head.log", "w") as output:
         process = subprocess.Popen(
             [*ray_command, f"--port={port}", f"--ray-client-server-port={client_port}", f"--temp-dir={temp_dir}"],
-            env=os.environ | access | {"RAY_USAGE_STATS_ENABLED": "0"}, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+            env=os.environ | access | {"RAY_USAGE_STATS_ENABLED": "0"},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     yield access | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -156,14 +180,19 @@ def test_nobody_at_the_address_is_an_error_within_the_deadline() -> None:
     with pytest.raises(RunError) as caught:
         _await_listener(address, 0.7)
     assert time.monotonic() - started < 5
-    assert str(caught.value).startswith(f"driver failed during 'connecting to the Ray cluster at {address}': nobody answers within 0.7 s (")
+    assert str(caught.value).startswith(
+        f"driver failed during 'connecting to the Ray cluster at {address}': nobody answers within 0.7 s ("
+    )
     assert caught.value.remedy == "Check cluster.address or RAY_ADDRESS, and that the head node is up."
 
 
 def test_a_deadline_interrupts_and_gives_other_alarms_their_time_back() -> None:
     signal.setitimer(signal.ITIMER_REAL, 50)
     try:
-        with pytest.raises(RunError, match=r"driver failed during 'a start': no answer within 0 s"), _deadline(0.2, "a start"):
+        with (
+            pytest.raises(RunError, match=r"driver failed during 'a start': no answer within 0 s"),
+            _deadline(0.2, "a start"),
+        ):
             time.sleep(5)
         assert 40 < signal.getitimer(signal.ITIMER_REAL)[0] < 50
     finally:
@@ -172,7 +201,10 @@ def test_a_deadline_interrupts_and_gives_other_alarms_their_time_back() -> None:
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port"])
 def test_an_unusable_address_is_refused(address: str, tmp_path: Path) -> None:
-    with contextlib.ExitStack() as undo, pytest.raises(ValueError, match=r"cluster.address: must be auto or host:port, got '"):
+    with (
+        contextlib.ExitStack() as undo,
+        pytest.raises(ValueError, match=r"cluster.address: must be auto or host:port, got '"),
+    ):
         Session(ClusterConfig(address=address), tmp_path, packages=())._join(address, undo)
 
 
@@ -184,10 +216,24 @@ def bundles(count: int, cpus: int, gpus: float = 0) -> Placement:
 def test_what_a_local_ray_lacks_is_said_at_once(ray_session: Session) -> None:
     started = time.monotonic()
     with pytest.raises(
-        RunError, match=r"cluster failed during 'placement': 2 of 2 bundles of 1 CPU and 1 GPU fit no node; there is .* with 16 CPUs. Add nodes"
+        RunError,
+        match=r"cluster failed during 'placement': 2 of 2 bundles of 1 CPU and 1 GPU fit no node; there is .* with 16 "
+        r"CPUs. Add nodes",
     ):
         ray_session.place(bundles(2, cpus=1, gpus=1))
     assert time.monotonic() - started < 10  # cluster.place_timeout_s is 30
+
+
+def test_what_fits_a_cluster_is_not_reserved_to_be_looked_at_and_what_does_not_is_asked_for(
+    ray_session: Session, tmp_path: Path
+) -> None:
+    """Others may be at work where a later stage will go; only a cluster that is too small is asked to grow."""
+    with Session(ClusterConfig(place_timeout_s=0.5), tmp_path, packages=()) as joined:
+        most = ray_session.place(bundles(1, cpus=15))
+        joined.preflight(bundles(1, cpus=16))
+        most.remove()
+        with pytest.raises(RunError, match=r"1 of 1 bundles of 99 CPUs fit no node; .* raise cluster.place_timeout_s"):
+            joined.preflight(bundles(1, cpus=99))
 
 
 @pytest.mark.slow

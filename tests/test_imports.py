@@ -34,21 +34,56 @@ def test_a_floor_imports_nothing_above_it(path: Path) -> None:
 
 
 def test_the_rule_would_notice() -> None:
-    assert imported("def f():\n    from pipeline.driver import Driver\n    import actors.model") == {"pipeline.driver", "actors.model"}
+    assert imported("def f():\n    from pipeline.loop.driver import Driver\n    import actors.models.causal_lm") == {
+        "pipeline.loop.driver",
+        "actors.models.causal_lm",
+    }
 
 
 def test_deepspeed_is_imported_in_one_file_only() -> None:
-    importing = [str(path) for path in SOURCES if any(name.split(".")[0] == "deepspeed" for name in imported((ROOT / path).read_text()))]
-    assert importing == ["actors/deepspeed_engine.py"]
+    importing = [
+        str(path)
+        for path in SOURCES
+        if any(name.split(".")[0] == "deepspeed" for name in imported((ROOT / path).read_text()))
+    ]
+    assert importing == ["actors/learner/deepspeed_engine.py"]
+
+
+def test_rllib_is_imported_in_two_files_only() -> None:
+    importing = [
+        str(path)
+        for path in SOURCES
+        if any(name.startswith("ray.rllib") for name in imported((ROOT / path).read_text()))
+    ]
+    assert importing == ["actors/manager/learner.py", "actors/manager/module.py"]
+
+
+def test_a_manager_loads_rllib_when_it_connects() -> None:
+    code = "import sys, actors.manager.manager; print('ray.rllib' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    assert out.stdout.strip() == "False"
 
 
 def test_ray_remote_is_applied_in_one_file_only() -> None:
-    applying = [str(path) for path in SOURCES if "ray.remote(" in (ROOT / path).read_text() and path != Path("cluster/spawn.py")]
+    applying = [
+        str(path) for path in SOURCES if "ray.remote(" in (ROOT / path).read_text() and path != Path("cluster/spawn.py")
+    ]
     assert applying == []
 
 
 @pytest.mark.parametrize(
-    "module", ["pipeline.cli", "pipeline.config", "pipeline.plan", "pipeline.tasks.smalltalk", "cluster.placement", "pipeline.algorithms.ppo"]
+    "module",
+    [
+        "pipeline.cli",
+        "pipeline.config",
+        "pipeline.plan.plan",
+        "pipeline.tasks.smalltalk",
+        "cluster.placement",
+        "pipeline.algorithms.ppo",
+        "actors.manager.option_head",
+        "actors.manager.reports",
+        "actors.manager.turns",
+    ],
 )
 def test_heavy_libraries_load_late(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'ray', 'deepspeed', 'transformers'}} & sys.modules.keys()))"

@@ -6,16 +6,32 @@ from typing import Any
 
 import pytest
 
+from cluster.config import ClusterConfig
+from cluster.placement import place
 from driver_setup import config
-from pipeline.changes import HARMLESS, check_changes, differences
-from pipeline.config import RunConfig, leaves
+from pipeline.algorithms.ppo import PPO
+from pipeline.config.run_config import RunConfig, leaves
+from pipeline.folder.compatibility import (
+    ANOTHER_RUN,
+    KINDS,
+    check_changes,
+    check_data_changes,
+    differences,
+    kind_of,
+    moved,
+    paths_changed,
+)
+from pipeline.loop.wiring import demands
 
 BEFORE = config().model_dump(mode="json")
 
 
 def changed(**sections: dict[str, Any] | int) -> RunConfig:
     run = config()
-    values = {name: getattr(run, name).model_copy(update=value) if isinstance(value, dict) else value for name, value in sections.items()}
+    values = {
+        name: getattr(run, name).model_copy(update=value) if isinstance(value, dict) else value
+        for name, value in sections.items()
+    }
     return run.model_copy(update=values)
 
 
@@ -24,22 +40,76 @@ def test_the_same_settings_pass() -> None:
 
 
 def test_every_difference_is_shown_with_what_may_be_done() -> None:
-    run = changed(policy={"learning_rate": 0.5, "ranks": 2}, rollout={"workers": 5})
+    run = changed(policy={"learning_rate": 0.5, "ranks": 2, "pack_tokens": 64}, rollout={"workers": 5})
     with pytest.raises(ValueError, match="differ") as caught:
         check_changes(BEFORE, run, ["policy.ranks"])
     text = str(caught.value)
     assert "policy.learning_rate: 1e-05 -> 0.5   not in a run that has begun" in text
-    assert "rollout.workers: 2 -> 5   gives the same weights: --allow-change rollout.workers" in text
+    assert (
+        "policy.pack_tokens: 0 -> 64   gives the same weights except for rounding: --allow-change policy.pack_tokens"
+        in text
+    )
+    assert "rollout.workers: 2 -> 5   (allowed)" in text
     assert "policy.ranks: 1 -> 2   (allowed)" in text
     assert text.endswith("or begin a new run with `raylign run`.")
 
 
 def test_allowed_changes_are_told_with_what_they_mean() -> None:
     run = changed(rollout={"workers": 5}, steps=9)
-    assert check_changes(BEFORE, run, ["rollout.workers", "steps"]) == [
-        "steps: 3 -> 9, which changes the course of the run from here on",
+    assert check_changes(BEFORE, run, []) == [
+        "steps: 3 -> 9, which makes the learning-rate schedules end at that step from now on",
         "rollout.workers: 2 -> 5, which gives the same weights",
     ]
+
+
+def test_data_or_models_that_differ_are_listed_and_may_be_allowed() -> None:
+    before = {
+        "prompts": "a",
+        "heldout": "b",
+        "model weights": "c",
+        "reward model ends": "[2]",
+        "of an older release": "d",
+    }
+    now = before | {"heldout": "e", "model weights": "f", "reward model ends": "[3]", "of a newer release": "g"}
+    del now["of an older release"]
+    with pytest.raises(ValueError, match="data and models must hold what they held") as caught:
+        check_data_changes(before, now, ["data"])
+    _, *lines, remedy = str(caught.value).splitlines()
+    assert lines == [
+        "  heldout: b -> e   (allowed)",
+        "  model weights: c -> f   is used only if its weights are those that the commits were made from: "
+        "--allow-change model",
+        "  reward model ends: [2] -> [3]   is used only if its weights are those that the commits were made from: "
+        "--allow-change model",
+    ]
+    assert remedy == "Put the files back as they were, allow it, or begin a new run with `raylign run`."
+    said = check_data_changes(before, now, ["data", "model"])
+    assert said[0] == "heldout: b -> e, which changes the course of the run from here on; what is done stays as it is"
+    assert len(said) == 3
+    assert check_data_changes(before, before, ()) == []
+
+
+def test_a_path_may_change_where_what_it_names_is_the_same() -> None:
+    run = changed(data={"prompts": "new.jsonl"}, model={"path": "/new"}, reward={"model": "/new-judge"})
+    before = BEFORE | {
+        "data": BEFORE["data"] | {"prompts": "old.jsonl"},
+        "model": BEFORE["model"] | {"path": "/old"},
+        "reward": BEFORE["reward"] | {"model": "owner/judge"},
+    }
+    paths = paths_changed(before, run)
+    assert paths == {"data.prompts": "old.jsonl", "model.path": "/old", "reward.model": "owner/judge"}
+    then = {"prompts": "a", "heldout": "b", "model weights": "c"}
+    now = then | {"reward model weights": "d"}
+    same = moved(paths, then, now)
+    assert same == {"data.prompts": "old.jsonl", "model.path": "/old"}, "the hub's judge had no checksum"
+    assert moved(paths, then, now | {"heldout": "e", "model ends": "[0]"}) == {}
+    with pytest.raises(ValueError, match="differ") as caught:
+        check_changes(before, run, (), same)
+    text = str(caught.value)
+    assert "  model.path: '/old' -> '/new'   holds the same\n" in text
+    assert "reward.model: 'owner/judge' -> '/new-judge'   not in a run that has begun, unless it holds the same" in text
+    assert check_changes(before, run, (), paths)[1] == "model.path: '/old' -> '/new', which holds the same"
+    assert paths_changed(BEFORE, run) == {}, "there was none"
 
 
 def test_what_is_not_harmless_cannot_be_allowed() -> None:
@@ -53,5 +123,37 @@ def test_another_algorithm_differs_in_its_fields() -> None:
     assert differences(ppo, BEFORE)["algorithm.name"] == ("ppo", "reinforce")
 
 
-def test_every_harmless_key_exists() -> None:
-    assert HARMLESS.keys() <= set(leaves(RunConfig))
+def test_what_changes_no_weight_needs_no_permission_and_is_told() -> None:
+    run = changed(
+        cluster={"address": "10.0.0.1:6379", "call_timeout_s": 60.0, "max_rebuilds": 9},
+        reward={"workers": 3, "timeout_s": 5.0},
+        evaluation={"prompts": 7},
+        commit_every=2,
+    )
+    told = check_changes(BEFORE, run, ())
+    assert "cluster.address: '' -> '10.0.0.1:6379', which gives the same weights" in told
+    assert "evaluation.prompts: 128 -> 7, which gives the same policy, measured otherwise" in told
+    assert len(told) == 7
+
+
+def test_how_many_threads_a_learner_has_is_part_of_its_arithmetic() -> None:
+    """Policy and critic share the cores of one bundle, or have a bundle each."""
+    runs = [
+        config().model_copy(
+            update={"algorithm": PPO(), "cluster": ClusterConfig(cpus_per_bundle=4, share_devices=share)}
+        )
+        for share in (True, False)
+    ]
+    assert [place(run.cluster, demands(run)).slot("critic", 0).threads for run in runs] == [2, 4]
+    assert kind_of("cluster.share_devices").words == "gives the same weights except for rounding"
+
+
+def test_every_setting_is_of_a_kind_and_every_kind_is_of_a_setting() -> None:
+    """A new setting must be given one; a section that is all of one kind stands for its keys."""
+    keys = set(leaves(RunConfig))
+    assert {key for key in keys if not any(key == name or key.startswith(f"{name}.") for name in KINDS)} == set()
+    assert {name for name in KINDS if not any(key == name or key.startswith(f"{name}.") for key in keys)} == set()
+
+
+def test_a_setting_that_nobody_knows_is_another_run() -> None:
+    assert kind_of("policy.no_such_key") is ANOTHER_RUN

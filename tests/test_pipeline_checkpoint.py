@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster import shared
 from cluster.faults import RunError
 from driver_setup import config
-from pipeline.checkpoint import Checkpoints, Commit, DriverState, commit_at_or_before, newest_commit
-from pipeline.ledger import LedgerState, OpenChunk
-from pipeline.run_folder import RunFolder
+from pipeline.folder.run_folder import RunFolder
+from pipeline.loop.commits import Checkpoints, Commit, DriverState, commit_at_or_before, newest_commit
+from pipeline.samples.ledger import LedgerState, OpenChunk
+from run_helpers import new_run
 
 STATE = DriverState(
     step=3,
@@ -32,18 +34,25 @@ STATE = DriverState(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunFolder]:
-    with RunFolder.create(tmp_path / "run", config()) as folder:
+    with new_run(tmp_path / "run", config()) as folder:
         yield folder
 
 
-def make(run: RunFolder, step: int, keep: int = 2) -> Commit:
-    """A commit of two roles with two files of ten bytes each."""
+def make(run: RunFolder, step: int, keep: int = 2, harm: Callable[[Path], None] | None = None) -> Commit:
+    """A commit of two roles with two files of ten bytes each. harm: what happens to the last file before the manifest
+    is written.
+    """
     checkpoints = Checkpoints(run, keep)
     where = checkpoints.prepare(step)
     shards = {}
     for role in ("policy", "critic"):
         folder = checkpoints.folder.folder(where(role)[len(checkpoints.folder.url) + 1 :])
-        shards[role] = tuple(folder.write_file(f"rank-{r}", lambda path, r=r: path.write_bytes(b"%d%d" % (step, r) * 5)) for r in range(2))
+        shards[role] = tuple(
+            folder.write_file(f"rank-{r}", lambda path, r=r: path.write_bytes(b"%d%d" % (step, r) * 5))
+            for r in range(2)
+        )
+    if harm is not None:
+        harm(Path(where("critic")) / "rank-1")
     return checkpoints.write(STATE.model_copy(update={"step": step}), shards)
 
 
@@ -69,9 +78,32 @@ def test_nothing_is_committed_before_the_manifest(run: RunFolder) -> None:
     assert latest(run) == (None, [])
     checkpoints = Checkpoints(run, 2)
     (Path(checkpoints.prepare(2)("policy"))).mkdir(parents=True)
-    assert latest(run) == (None, ["commit step=00000002-epoch=0001 has no commit.json: it was broken off, or has lost it; looking for the one before it"])
+    assert latest(run) == (
+        None,
+        [
+            "commit step=00000002-epoch=0001 has no commit.json: it was broken off, or has lost it; looking for the "
+            "one before it"
+        ],
+    )
     made = make(run, 1)
     assert latest(run)[0] == made
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"), [("remove", "rank-1 is missing"), ("truncate", "rank-1 has 9 bytes, must have 10")]
+)
+def test_a_commit_is_not_sealed_before_the_driver_has_seen_every_shard(
+    run: RunFolder, harm: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank on a node of its own says that it wrote its shard, and it did, there."""
+    monkeypatch.setattr(shared, "PATIENCE_S", 0)
+    before = make(run, 1)
+    with pytest.raises(RunError) as caught:
+        make(run, 2, harm={"remove": remove, "truncate": truncate}[harm])
+    assert (caught.value.who, caught.value.phase) == ("critic[1]", "commit")
+    assert said in str(caught.value)
+    assert str(caught.value).endswith("Put --run-dir on a filesystem that all nodes share, mounted at the same place.")
+    assert latest(run)[0] == before
 
 
 def truncate(path: Path) -> None:
@@ -94,7 +126,9 @@ def remove(path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["policy/rank-0", "critic/rank-1", "commit.json"])
 @pytest.mark.parametrize("harm", [truncate, flip, empty, remove])
-def test_a_damaged_commit_is_said_aloud_and_the_one_before_it_is_used(run: RunFolder, file: str, harm: Callable[[Path], None]) -> None:
+def test_a_damaged_commit_is_said_aloud_and_the_one_before_it_is_used(
+    run: RunFolder, file: str, harm: Callable[[Path], None]
+) -> None:
     before, newest = make(run, 1), make(run, 2)
     harm(run.path / "checkpoints" / newest.name / file)
     commit, said = latest(run)
@@ -120,12 +154,16 @@ def test_every_bit_of_the_manifest_counts(run: RunFolder) -> None:
 def test_when_all_are_damaged_the_run_does_not_begin_anew_by_itself(run: RunFolder) -> None:
     for step in (1, 2):
         truncate(run.path / "checkpoints" / make(run, step).name / "policy" / "rank-0")
-    with pytest.raises(ValueError, match=r"must hold a commit that is whole, got 2 damaged in .*start anew: raylign run"):
+    with pytest.raises(
+        ValueError, match=r"must hold a commit that is whole, got 2 damaged in .*start anew: raylign run"
+    ):
         latest(run)
 
 
 def test_a_leftover_of_an_earlier_epoch_does_not_count(run: RunFolder) -> None:
-    """The old process commits once more after the new one has begun: into its own epoch's folder, which the new one does not look at."""
+    """The old process commits once more after the new one has begun: into its own epoch's folder, which the new one
+    does not look at.
+    """
     first = make(run, 2)
     with_old_epoch = run.history
     run.begin(config(), from_step=2)

@@ -1,4 +1,6 @@
-"""Texts to the tables that learners read: order, lengths, the account of what did not fit, and the cache under a hash of everything."""
+"""Texts to the tables that learners read: order, lengths, the account of what did not fit, and the cache under a hash
+of everything.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors import ragged
-from actors.experience import Experience
-from actors.model import load_tokenizer
+from actors.experience import Comparisons, Experience
+from actors.models.tokenizer import load_tokenizer
 from cluster.faults import Fault, RunError
 from cluster.session import Session
 from data_files import files, hh, pairs
-from pipeline.data import encode
-from pipeline.data.blocks import COMPARISONS, compared, encode_block
-from pipeline.data.cache import Cache, content_hash
-from pipeline.data.encode import Encoded, comparison_texts, demonstration_texts, encode_comparisons, encode_demonstrations, encode_pairs
+from pipeline.encoding import encode
+from pipeline.encoding.blocks import encode_block
+from pipeline.encoding.cache import Cache, content_hash
+from pipeline.encoding.encode import (
+    EncodedTable,
+    comparison_texts,
+    demonstration_texts,
+    encode_comparisons,
+    encode_demonstrations,
+    encode_pairs,
+)
 from pipeline.tasks.task import Comparison, Demonstration
 
 
@@ -32,9 +41,13 @@ def eos(tiny_model: Path) -> int:
     return int(load_tokenizer(str(tiny_model)).eos_token_id)
 
 
-def block(texts: pa.Table, tiny_model: Path, context: int, *, shortens: bool = True, comparisons: bool = True) -> pa.Table:
+def block(
+    texts: pa.Table, tiny_model: Path, context: int, *, shortens: bool = True, comparisons: bool = True
+) -> pa.Table:
     numbered = texts.append_column("number", pa.array(range(texts.num_rows), pa.int64()))
-    return encode_block(numbered, comparisons=comparisons, tokenizer_path=str(tiny_model), context=context, shortens=shortens)
+    return encode_block(
+        numbered, comparisons=comparisons, tokenizer_path=str(tiny_model), context=context, shortens=shortens
+    )
 
 
 def spoken(table: pa.Table, tiny_model: Path) -> list[list[str]]:
@@ -53,19 +66,6 @@ def drop_first(prompt: str) -> list[str]:
 
 
 # A block, in this process.
-
-
-def test_comparisons_lie_one_text_after_the_other() -> None:
-    table = compared([[[1, 2, 0], [1, 0]], [[5, 0], [6, 7, 0], [8, 0]]], [0.5, 0.0])
-    assert table.schema.equals(COMPARISONS)
-    assert table.to_pydict() == {
-        "sample_id": [0, 1],
-        "tokens": [[1, 2, 0, 1, 0], [5, 0, 6, 7, 0, 8, 0]],
-        "action_mask": [[False, False, True, False, True], [False, True, False, False, True, False, True]],
-        "segment_starts": [[0, 3], [0, 2, 5]],
-        "margin": [0.5, 0.0],
-    }
-    assert compared([], []).num_rows == 0
 
 
 def test_a_text_is_tokenised_with_its_reply_and_ends_with_end_of_text(tiny_model: Path, eos: int) -> None:
@@ -90,8 +90,10 @@ def test_a_text_is_tokenised_with_its_reply_and_ends_with_end_of_text(tiny_model
         (4, ["|xxx", "|y"], True, False),
         (3, ["|xx", "|y"], True, True),  # at last the reply loses its end
     ],
-)  # fmt: skip
-def test_what_is_too_long_loses_its_beginning_first(context: int, expected: list[str], truncated: bool, cut: bool, tiny_model: Path) -> None:
+)
+def test_what_is_too_long_loses_its_beginning_first(
+    context: int, expected: list[str], truncated: bool, cut: bool, tiny_model: Path
+) -> None:
     texts = comparison_texts([Comparison(prompt="aa bb cc|", replies=("xxx", "y"))], drop_first)
     table = block(texts, tiny_model, context + 1)
     assert spoken(table, tiny_model) == [[f"{text}<|endoftext|>" for text in expected]]
@@ -107,7 +109,8 @@ def test_replies_that_become_the_same_compare_nothing(tiny_model: Path) -> None:
 
 def test_demonstrations_lose_the_beginning_of_their_prompt_but_no_reply_its_end(tiny_model: Path, eos: int) -> None:
     rows = [
-        Demonstration(prompt=prompt, response=response) for prompt, response in (("aa", "x"), ("aa bb", "xx"), ("aabb", "xxxx"), ("a", "xxxxx"), ("a", "x" * 9))
+        Demonstration(prompt=prompt, response=response)
+        for prompt, response in (("aa", "x"), ("aa bb", "xx"), ("aabb", "xxxx"), ("a", "xxxxx"), ("a", "x" * 9))
     ]
     table = block(demonstration_texts(rows, drop_first), tiny_model, 6, comparisons=False)
     tokenizer = load_tokenizer(str(tiny_model))
@@ -116,14 +119,18 @@ def test_demonstrations_lose_the_beginning_of_their_prompt_but_no_reply_its_end(
     assert found == ["aax<|endoftext|>", "bbxx<|endoftext|>", "bxxxx<|endoftext|>"]
     assert [sum(mask) for mask in table["action_mask"].to_pylist()] == [2, 3, 5]
     assert (table["number"].to_pylist(), table["truncated"].to_pylist()) == ([0, 1, 2], [False, True, True])
-    assert block(demonstration_texts(rows, drop_first), tiny_model, 6, comparisons=False, shortens=False)["number"].to_pylist() == [0]
+    assert block(demonstration_texts(rows, drop_first), tiny_model, 6, comparisons=False, shortens=False)[
+        "number"
+    ].to_pylist() == [0]
     assert block(demonstration_texts(rows[-1:], drop_first), tiny_model, 6, comparisons=False).num_rows == 0
 
 
 # The cache.
 
 
-def test_a_cached_table_is_believed_only_if_it_is_what_was_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cached_table_is_believed_only_if_it_is_what_was_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = Cache(tmp_path / "cache")
     assert cache.find("a") is None
     path, account = cache.keep("a", pa.table({"n": [1, 2]}), {"rows": 2})
@@ -173,8 +180,12 @@ def on_ray_data_however_small() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, ray_session: Session) -> tuple[Any, Path, dict[str, Encoded], str]:
-    """A task, its cache, both tables of its training split, made in several blocks, and what was printed meanwhile (on file descriptors, too)."""
+def encoded(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, ray_session: Session
+) -> tuple[Any, Path, dict[str, EncodedTable], str]:
+    """A task, its cache, both tables of its training split, made in several blocks, and what was printed meanwhile (on
+    file descriptors, too).
+    """
     folder = tmp_path_factory.mktemp("encoded")
     rows = [
         *pairs(100),
@@ -186,13 +197,18 @@ def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, ray_sess
     with pytest.MonkeyPatch.context() as patch:
         demonstrations = encode_demonstrations(task, "train", str(tiny_model), 64, folder / "cache")
         patch.setattr(encode, "BLOCK_BYTES", 9000)  # so that there are several
-        found = {"demonstrations": demonstrations, "comparisons": encode_comparisons(task, "train", str(tiny_model), 64, folder / "cache")}
+        found = {
+            "demonstrations": demonstrations,
+            "comparisons": encode_comparisons(task, "train", str(tiny_model), 64, folder / "cache"),
+        }
     terminal = [handler for handler in said.handlers if isinstance(handler, logging.StreamHandler)]
     return task, folder / "cache", found, str(terminal)
 
 
 @pytest.mark.slow
-def test_rows_keep_their_order_over_many_blocks(encoded: tuple[Any, Path, dict[str, Encoded], str], tiny_model: Path) -> None:
+def test_rows_keep_their_order_over_many_blocks(
+    encoded: tuple[Any, Path, dict[str, EncodedTable], str], tiny_model: Path
+) -> None:
     task, _, found, terminal = encoded
     table = pq.read_table(found["comparisons"].path, partitioning=None)
     expected = task.comparisons("train")
@@ -202,25 +218,38 @@ def test_rows_keep_their_order_over_many_blocks(encoded: tuple[Any, Path, dict[s
         for reply, text in zip(comparison.replies, row, strict=True):
             assert text.removesuffix("<|endoftext|>") in comparison.prompt + reply
     assert table["sample_id"].to_pylist() == list(range(len(expected)))
-    assert [(field.name, field.type) for field in table.schema] == [(field.name, field.type) for field in COMPARISONS]
+    assert [(field.name, field.type) for field in table.schema] == [
+        (field.name, field.type) for field in Comparisons.schema
+    ]
     assert terminal == "[]"
 
 
 @pytest.mark.slow
-def test_the_account_is_of_the_table(encoded: tuple[Any, Path, dict[str, Encoded], str]) -> None:
+def test_the_account_is_of_the_table(encoded: tuple[Any, Path, dict[str, EncodedTable], str]) -> None:
     task, _, found, _ = encoded
     demonstrations = Experience.read(found["demonstrations"].path).table
     account, lengths = found["demonstrations"], ragged.lengths(demonstrations["tokens"])
     rows = task.demonstrations("train")
     [too_long] = [number for number, row in enumerate(rows) if "z" * 90 in row.response]
-    assert (account.rows, account.tokens, account.excluded, account.cut_replies) == (len(rows) - 1, lengths.sum(), (too_long,), 0)
-    assert account.truncated == 1 and account.quantiles[0] == lengths.min() and account.quantiles[-1] == lengths.max() == 64
+    assert (account.rows, account.tokens, account.excluded, account.cut_replies) == (
+        len(rows) - 1,
+        lengths.sum(),
+        (too_long,),
+        0,
+    )
+    assert (
+        account.truncated == 1
+        and account.quantiles[0] == lengths.min()
+        and account.quantiles[-1] == lengths.max() == 64
+    )
     compared = found["comparisons"]
     assert (compared.rows, compared.truncated, compared.cut_replies, compared.excluded) == (len(rows), 2, 1, ())
 
 
 @pytest.mark.slow
-def test_what_is_in_the_cache_is_not_tokenised_again(encoded: tuple[Any, Path, dict[str, Encoded], str], tiny_model: Path, no_ray_data: None) -> None:
+def test_what_is_in_the_cache_is_not_tokenised_again(
+    encoded: tuple[Any, Path, dict[str, EncodedTable], str], tiny_model: Path, no_ray_data: None
+) -> None:
     """And whatever a table depends on is part of its name, so anything else is."""
     task, cache, found, _ = encoded
     assert encode_demonstrations(task, "train", str(tiny_model), 64, cache) == found["demonstrations"]
@@ -229,14 +258,20 @@ def test_what_is_in_the_cache_is_not_tokenised_again(encoded: tuple[Any, Path, d
     assert encode_pairs(pairs_again, str(tiny_model), 64, cache, shorter=task.shorter) == found["comparisons"]
     for split, context, shortens in (("heldout", 64, True), ("train", 63, True), ("train", 64, False)):
         with pytest.raises((AssertionError, ValueError), match=r"Ray Data was asked|both sides"):
-            encode_pairs(task.comparisons(split), str(tiny_model), context, cache, shorter=task.shorter, shortens=shortens)
+            encode_pairs(
+                task.comparisons(split), str(tiny_model), context, cache, shorter=task.shorter, shortens=shortens
+            )
     with pytest.raises(AssertionError, match="Ray Data was asked"):
         encode_pairs(pairs_again[::-1], str(tiny_model), 64, cache, shorter=task.shorter)
 
 
 @pytest.mark.slow
 def test_what_is_small_is_tokenised_here_and_comes_out_the_same(
-    encoded: tuple[Any, Path, dict[str, Encoded], str], tiny_model: Path, no_ray_data: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    encoded: tuple[Any, Path, dict[str, EncodedTable], str],
+    tiny_model: Path,
+    no_ray_data: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     task, _, found, _ = encoded
     monkeypatch.setattr(encode, "HERE_BYTES", 1_000_000)
@@ -246,9 +281,15 @@ def test_what_is_small_is_tokenised_here_and_comes_out_the_same(
 
 
 @pytest.mark.slow
-def test_a_context_in_which_nothing_fits_is_told(encoded: tuple[Any, Path, dict[str, Encoded], str], tiny_model: Path) -> None:
+def test_a_context_in_which_nothing_fits_is_told(
+    encoded: tuple[Any, Path, dict[str, EncodedTable], str], tiny_model: Path
+) -> None:
     task, cache, *_ = encoded
-    with pytest.raises(ValueError, match=r"^model\.context: must hold at least one of the demonstrations, got 3 tokens, and none of \d+ fits; raise it$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^model\.context: must hold at least one of the demonstrations, got 3 tokens, and none of \d+ fits; "
+        r"raise it$",
+    ):
         encode_demonstrations(task, "train", str(tiny_model), 3, cache)
 
 
@@ -264,16 +305,20 @@ def test_what_fails_on_the_way_names_its_phase(tiny_model: Path, ray_session: Se
 class Clerk:
     """An actor that prepares data, as a stage does it."""
 
-    def encode(self, comparisons: list[Comparison], path: str, cache: Path) -> Encoded:
+    def encode(self, comparisons: list[Comparison], path: str, cache: Path) -> EncodedTable:
         return encode_pairs(comparisons, path, 64, cache)
 
 
 @pytest.mark.slow
-def test_an_actor_may_encode(encoded: tuple[Any, Path, dict[str, Encoded], str], tiny_model: Path, tmp_path: Path) -> None:
+def test_an_actor_may_encode(
+    encoded: tuple[Any, Path, dict[str, EncodedTable], str], tiny_model: Path, tmp_path: Path
+) -> None:
     import ray
 
     task, *_ = encoded
     rows = task.comparisons("train")[:5]
-    found = ray.get(ray.remote(num_cpus=0)(Clerk).remote().encode.remote(rows, str(tiny_model), tmp_path / "cache"), timeout=240)
+    found = ray.get(
+        ray.remote(num_cpus=0)(Clerk).remote().encode.remote(rows, str(tiny_model), tmp_path / "cache"), timeout=240
+    )
     assert found == encode_pairs(rows, str(tiny_model), 64, tmp_path / "cache")
     assert (found.rows, found.path.parent) == (5, tmp_path / "cache")

@@ -1,4 +1,6 @@
-"""The statistics of an evaluation: intervals that cover what they claim, estimates against brute force, failures left out and never zero."""
+"""The statistics of an evaluation: intervals that cover what they claim, estimates against brute force, failures left
+out and never zero.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.estimates import (
+from pipeline.evaluation.statistics import (
     Floats,
     Interval,
     best_of,
@@ -33,7 +35,10 @@ NAN = math.nan
 
 
 def test_the_interval_covers_a_known_mean_about_95_times_in_100() -> None:
-    """A skewed distribution of mean 2, 60 values a draw. 190 of 200 are expected; chance alone stays within 178 and 199."""
+    """A skewed distribution of mean 2, 60 values a draw.
+
+    190 of 200 are expected; chance alone stays within 178 and 199.
+    """
     random = np.random.default_rng(0)
     draws = [random.exponential(2.0, 60) for _ in range(200)]
     intervals = [bootstrap(values, seed, resamples=1000) for seed, values in enumerate(draws)]
@@ -58,7 +63,7 @@ def test_the_interval_depends_on_the_seed_alone() -> None:
 def test_many_values_are_resampled_in_parts_with_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(2).normal(size=(50, 2))
     whole = resampled(values, 3)
-    monkeypatch.setattr("pipeline.estimates._AT_ONCE", 7_000)
+    monkeypatch.setattr("pipeline.evaluation.statistics._AT_ONCE", 7_000)
     assert np.array_equal(resampled(values, 3), whole)
     assert resampled(values[:, :1], 3) == pytest.approx(whole[:, :1], abs=1e-12), "however many columns there are"
 
@@ -76,7 +81,9 @@ def test_a_failed_reward_is_left_out() -> None:
 
 @pytest.mark.parametrize("values", [[], [NAN, NAN]])
 def test_no_reward_at_all_is_refused(values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"^evaluation: must have at least one scored response, got none; see the examiners' logs$"):
+    with pytest.raises(
+        ValueError, match=r"^evaluation: must have at least one scored response, got none; see the examiners' logs$"
+    ):
         bootstrap(np.array(values), seed=0)
 
 
@@ -125,13 +132,19 @@ def by_enumeration(judge: list[float], wanted: list[float], n: int) -> float:
 def test_best_of_n_is_the_mean_over_every_subset(data: st.DataObject, pool: int) -> None:
     judge = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=pool, max_size=pool), label="with ties")
     wanted = data.draw(st.lists(st.floats(-5, 5), min_size=pool, max_size=pool))
-    assert best_of(np.array([judge]), np.array([judge]))[0] == pytest.approx([by_enumeration(judge, judge, n) for n in range(1, pool + 1)], abs=1e-12)
-    assert best_of(np.array([judge]), np.array([wanted]))[0] == pytest.approx([by_enumeration(judge, wanted, n) for n in range(1, pool + 1)], abs=1e-12)
+    assert best_of(np.array([judge]), np.array([judge]))[0] == pytest.approx(
+        [by_enumeration(judge, judge, n) for n in range(1, pool + 1)], abs=1e-12
+    )
+    assert best_of(np.array([judge]), np.array([wanted]))[0] == pytest.approx(
+        [by_enumeration(judge, wanted, n) for n in range(1, pool + 1)], abs=1e-12
+    )
 
 
 def test_the_weights_are_combinations() -> None:
     weights = best_of_weights(16)
-    assert weights == pytest.approx(np.array([[math.comb(i, n - 1) / math.comb(16, n) for i in range(16)] for n in range(1, 17)]), abs=1e-15)
+    assert weights == pytest.approx(
+        np.array([[math.comb(i, n - 1) / math.comb(16, n) for i in range(16)] for n in range(1, 17)]), abs=1e-15
+    )
     assert weights.sum(axis=1) == pytest.approx(1.0)
     assert np.isfinite(best_of_weights(1000)).all(), "where the combinations themselves are no floats"
 
@@ -155,7 +168,9 @@ def test_the_kl_of_best_of_n() -> None:
 
 
 def test_the_kl_of_best_of_n_is_that_of_the_distribution_it_samples() -> None:
-    """Among 400 equally likely replies, all of different worth: the largest of n has rank i with probability (i^n - (i-1)^n) / 400^n."""
+    """Among 400 equally likely replies, all of different worth: the largest of n has rank i with probability (i^n -
+    (i-1)^n) / 400^n.
+    """
     ranks = np.arange(1, 401) / 400
     for n in (2, 5):
         chances = ranks**n - (ranks - 1 / 400) ** n

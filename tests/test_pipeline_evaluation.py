@@ -1,4 +1,6 @@
-"""A policy against a baseline in numbers: paired by prompt, equal text on both sides, what failed left out and counted."""
+"""A policy against a baseline in numbers: paired by prompt, equal text on both sides, what failed left out
+and counted.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 
 from evaluation_helpers import answers, evaluation, measured
-from pipeline.estimates import Interval
-from pipeline.evaluation import Likelihood, assess, judged, side
+from pipeline.evaluation.results import Likelihood, assess, judged, side
+from pipeline.evaluation.statistics import Interval
+from pipeline.report.wording import left_out
 
 NAN = math.nan
 
@@ -38,7 +41,9 @@ def test_a_failure_spoils_its_sample_then_its_prompt_then_its_pair_and_is_counte
     assert found.failed == 5
 
 
-@pytest.mark.parametrize(("policy", "baseline"), [([NAN, NAN], [1.0, 2.0]), ([1.0, 2.0], [NAN, NAN]), ([NAN, 2.0], [1.0, NAN])])
+@pytest.mark.parametrize(
+    ("policy", "baseline"), [([NAN, NAN], [1.0, 2.0]), ([1.0, 2.0], [NAN, NAN]), ([NAN, 2.0], [1.0, NAN])]
+)
 def test_without_one_complete_pair_there_is_no_comparison(policy: list[float], baseline: list[float]) -> None:
     with pytest.raises(ValueError, match="must have at least one scored response"):
         judged(np.array(policy)[:, None], np.array(baseline)[:, None], seed=0)
@@ -47,7 +52,12 @@ def test_without_one_complete_pair_there_is_no_comparison(policy: list[float], b
 def test_against_itself_nothing_is_gained_and_half_is_won() -> None:
     rewards = [[0.5, -1.0], [2.0, 2.0], [0.0, 1.0]]
     found = evaluation(rewards, rewards, kl=0.0, best_of_n=2)
-    for value, expected in ((found.optimised.gain, 0.0), (found.optimised.win_rate, 0.5), (found.kl, 0.0), (found.kl_per_token, 0.0)):
+    for value, expected in (
+        (found.optimised.gain, 0.0),
+        (found.optimised.win_rate, 0.5),
+        (found.kl, 0.0),
+        (found.kl_per_token, 0.0),
+    ):
         assert (value.low, value.mean, value.high) == (expected,) * 3
     assert found.matched is not None
     assert found.matched.lead.mean == pytest.approx(0.0), "best of one is the baseline"
@@ -70,7 +80,9 @@ def test_distinct_n_is_of_equally_many_replies_though_the_baseline_has_more() ->
 def test_perplexity_and_the_tax() -> None:
     """Two demonstrations of 1 and 3 tokens: the baseline gives each token 1/2, the policy 1/4."""
     tokens = np.array([1.0, 3.0])
-    likelihood = Likelihood(policy=tokens * math.log(1 / 4), baseline=tokens * math.log(1 / 2), tokens=tokens, excluded=5)
+    likelihood = Likelihood(
+        policy=tokens * math.log(1 / 4), baseline=tokens * math.log(1 / 2), tokens=tokens, excluded=5
+    )
     found = assess(measured([[0.0]], [[0.0]], likelihood=likelihood), policy="a", baseline="b", best_of_n=1, seed=0)
     assert (found.sides["policy"].perplexity, found.sides["baseline"].perplexity) == pytest.approx((4.0, 2.0))
     assert found.tax is not None
@@ -81,7 +93,9 @@ def test_perplexity_and_the_tax() -> None:
 def test_best_of_n_by_the_optimised_judge_and_what_the_other_makes_of_it() -> None:
     """The reward model prefers what the rule dislikes: over-optimisation that only the second judge shows."""
     baseline = {"reward model": [[0.0, 1.0], [2.0, 3.0]], "rule": [[1.0, 0.0], [1.0, 0.0]]}
-    found = evaluation({name: [row[:1] for row in rows] for name, rows in baseline.items()}, baseline, best_of_n=2).best_of
+    found = evaluation(
+        {name: [row[:1] for row in rows] for name, rows in baseline.items()}, baseline, best_of_n=2
+    ).best_of
     assert found is not None
     assert found.judge == "reward model"
     assert [point.mean for point in found.rewards["reward model"]] == [1.5, 2.0]
@@ -112,15 +126,43 @@ def test_a_prompt_not_fully_scored_is_left_out_of_best_of_n_and_counted() -> Non
     assert found.optimised.baseline.mean == pytest.approx((0.5 + 5.0) / 2), "but not out of its mean"
 
 
+def test_a_judge_without_any_score_is_left_out_with_a_line_and_the_rest_stands() -> None:
+    scored = {"reward model": [[NAN], [NAN]], "rule": [[1.0], [2.0]]}
+    found = evaluation(scored, {"reward model": [[0.0], [0.0]], "rule": [[0.0], [0.0]]}, best_of_n=1)
+    assert (list(found.judges), found.judge, found.optimised.gain.mean) == (["rule"], "rule", 1.5)
+    assert found.lacking == ("the reward model (it scored no prompt's replies on both sides; see the examiners' logs)",)
+    assert left_out(found) == f"Left out: {found.lacking[0]}."
+    assert found.record()["lacking"] == list(found.lacking)
+
+
+def test_without_one_prompt_whose_replies_are_all_scored_there_is_no_best_of_n_but_an_evaluation() -> None:
+    found = evaluation([[3.0], [5.0]], [[1.0, NAN], [NAN, 5.0]], best_of_n=2)
+    assert found.best_of is None
+    assert found.optimised.gain.mean == 1.0
+    assert found.lacking == ("best-of-n (no prompt has a reward for every reply of the baseline)",)
+
+
 def test_the_record_is_plain_json() -> None:
-    """Strict JSON, which knows no NaN and no infinity: a reward that failed and a reward that is never reached are null."""
+    """Strict JSON, which knows no NaN and no infinity: a reward that failed and a reward that is never reached are
+    null.
+    """
     found = evaluation([[9.0, NAN], [9.0, 9.0]], [[1.0, 2.0], [3.0, 5.0]], kl=0.1, best_of_n=2)
     record = json.loads(json.dumps(found.record(), allow_nan=False))
     assert record["prompts"] == 2
-    assert record["judges"]["rule"]["gain"] == {"mean": found.optimised.gain.mean, "low": found.optimised.gain.low, "high": found.optimised.gain.high}
+    assert record["judges"]["rule"]["gain"] == {
+        "mean": found.optimised.gain.mean,
+        "low": found.optimised.gain.low,
+        "high": found.optimised.gain.high,
+    }
     assert record["judges"]["rule"]["failed"] == 1
     assert record["rewards"]["rule"] == {"policy": [[9.0, None], [9.0, 9.0]], "baseline": [[1.0, 2.0], [3.0, 5.0]]}
     assert record["best_of"]["matched"]["rule"]["kl"]["mean"] is None
     assert record["tax"] is None
+    assert "lacking" not in record, "nothing is"
     assert record["sides"]["policy"]["perplexity"] is None
-    assert record["replies"][1] == {"prompt": "prompt 1", "policy": "new 1 0", "baseline": "old 1 0", "rewards": {"rule": [9.0, 3.0]}}
+    assert record["replies"][1] == {
+        "prompt": "prompt 1",
+        "policy": "new 1 0",
+        "baseline": "old 1 0",
+        "rewards": {"rule": [9.0, 3.0]},
+    }

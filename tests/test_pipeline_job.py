@@ -16,12 +16,31 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.recipe import load
+from pipeline.folder.run_folder import read_history
+
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 TINY = [
-    "--steps", "2", "--model.layers", "1", "--model.width", "16", "--finetune.epochs", "1", "--batch.prompts", "8", "--batch.epochs", "1",
-    "--rollout.slots", "8", "--cluster.cpus-per-bundle", "1", "--evaluation.prompts", "4",
-]  # fmt: skip
+    "--steps",
+    "2",
+    "--model.layers",
+    "1",
+    "--model.width",
+    "16",
+    "--finetune.epochs",
+    "1",
+    "--batch.prompts",
+    "8",
+    "--batch.epochs",
+    "1",
+    "--rollout.slots",
+    "8",
+    "--cluster.cpus-per-bundle",
+    "1",
+    "--evaluation.prompts",
+    "4",
+]
 
 
 def free_port() -> int:
@@ -32,17 +51,33 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
-    """A head of its own process group, ports and folder, that only the holder of the token may talk to; yields a client's environment."""
+    """A head of its own process group, ports and folder, that only the holder of the token may talk to; yields a
+    client's environment.
+    """
     port, dashboard, folder = free_port(), free_port(), tempfile.mkdtemp(prefix="rj-", dir="/tmp")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_USAGE_STATS_ENABLED": "0"}
     command = [
-        RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
-        f"--temp-dir={folder}", "--num-cpus=4", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0",
-        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
-    ]  # fmt: skip
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        f"--dashboard-port={dashboard}",
+        "--dashboard-host=127.0.0.1",
+        "--include-dashboard=true",
+        f"--temp-dir={folder}",
+        "--num-cpus=4",
+        "--node-ip-address=127.0.0.1",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        f"--ray-client-server-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}",
+    ]
     with (Path(folder) / "head.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         _await(dashboard, process, Path(folder) / "head.log")
         yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
@@ -66,17 +101,31 @@ def _await(port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: fl
     raise AssertionError(f"no dashboard within {timeout_s} s:\n{log.read_text()[-2000:]}")
 
 
-def submit(environment: dict[str, str], tree: Path, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return job(environment, "submit", *options, "--working-dir", str(tree), "--", sys.executable, "-m", "pipeline", *arguments)
+def submit(
+    environment: dict[str, str], tree: Path, *arguments: str, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    return job(
+        environment, "submit", *options, "--working-dir", str(tree), "--", sys.executable, "-m", "pipeline", *arguments
+    )
 
 
 def job(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(RAY), "job", *arguments], env=environment, cwd="/", capture_output=True, text=True, timeout=240)
+    """Ray takes jobs some time after its dashboard listens, and until then says so."""
+    until = time.monotonic() + 120
+    while True:
+        done = subprocess.run(
+            [str(RAY), "job", *arguments], env=environment, cwd="/", capture_output=True, text=True, timeout=600
+        )
+        if "No available agent to submit job" not in done.stdout + done.stderr or time.monotonic() > until:
+            return done
+        time.sleep(1)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a checkout ships: the three packages, another copy than the one under test, so that it must really be the shipped one."""
+    """What a checkout ships: the three packages, another copy than the one under test, so that it must really be the
+    shipped one.
+    """
     tree = tmp_path_factory.mktemp("tree")
     for floor in ("cluster", "actors", "pipeline"):
         shutil.copytree(ROOT / floor, tree / floor, ignore=shutil.ignore_patterns("__pycache__"))
@@ -85,7 +134,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_failing_job_fails(head: dict[str, str], tree: Path, tmp_path: Path) -> None:
-    out = submit(head, tree, "train", "walks", *TINY, "--reward.function", "nowhere:nothing", "--run-dir", str(tmp_path / "run"))
+    out = submit(
+        head, tree, "train", "walks", *TINY, "--reward.function", "nowhere:nothing", "--run-dir", str(tmp_path / "run")
+    )
     assert out.returncode == 1
     assert "reward.function" in out.stdout
     relative = submit(head, tree, "train", "walks", *TINY)
@@ -95,21 +146,36 @@ def test_a_failing_job_fails(head: dict[str, str], tree: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_stopped_job_has_committed_and_another_job_goes_on(head: dict[str, str], tree: Path, tmp_path: Path) -> None:
-    (tree / "pipeline" / "shipped.py").write_text("")  # a file the installed copy lacks: the handshake compares it on every worker
+    # a file the installed copy lacks: the handshake compares it on every worker
+    (tree / "pipeline" / "shipped.py").write_text("")
     run_dir = tmp_path / "run"
-    many = [*TINY, "--steps", "2000", "--commit-every", "3"]
-    begun = submit(head, tree, "train", "walks", *many, "--run-dir", str(run_dir), options=("--no-wait", "--submission-id", "night"))
+    many = [*TINY, "--steps", "2000", "--commit-every", "3", "--rollout.workers", "2", "--cluster.cpus-per-bundle", "0"]
+    begun = submit(
+        head,
+        tree,
+        "train",
+        "walks",
+        *many,
+        "--run-dir",
+        str(run_dir),
+        options=("--no-wait", "--submission-id", "night"),
+    )
     assert begun.returncode == 0, begun.stdout + begun.stderr
     await_words(run_dir / "log" / "driver.log", "committed step=00000003")
     assert job(head, "stop", "night").returncode == 0
     await_words(run_dir / "log" / "driver.log", "stopped by SIGTERM")
-    newest = max(int(folder.name[5:13]) for folder in (run_dir / "checkpoints").iterdir() if (folder / "commit.json").is_file())
+    newest = max(
+        int(folder.name[5:13]) for folder in (run_dir / "checkpoints").iterdir() if (folder / "commit.json").is_file()
+    )
     out = submit(head, tree, "resume", str(run_dir), "--steps", str(newest + 2), "--allow-change", "steps")
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-2000:]
     assert f"resumed from commit step={newest:08d}-epoch=0001" in out.stdout
     assert "succeeded" in out.stdout
     assert f"reinforce {newest + 2}/{newest + 2}" in out.stdout
     assert (run_dir / "policy" / "model.safetensors").is_file()
+    cpus = [epoch.config["cluster"]["cpus_per_bundle"] for epoch in read_history(run_dir)]
+    assert cpus == [2, 2], "of the head's four CPUs, whatever the machine has that the driver runs on"
+    assert load(run_dir / "config.toml").cluster.cpus_per_bundle == 2
 
 
 def await_words(file: Path, words: str, timeout_s: float = 120) -> None:

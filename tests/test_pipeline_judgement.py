@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.stages.judgement import Judgement, judge, wilson
+from pipeline.preparation.reward_model_report import RewardModelReport, judge, wilson
 
 RNG = np.random.default_rng(3)
 COMPARISONS = 4000
 LENGTHS = RNG.integers(1, 40, (COMPARISONS, 2)).tolist()  # of which neither is better
 
 
-def judged(rewards: object, lengths: object = LENGTHS, scale: float = 1.0) -> Judgement:
+def judged(rewards: object, lengths: object = LENGTHS, scale: float = 1.0) -> RewardModelReport:
     return judge(np.asarray(rewards, float).tolist(), np.asarray(lengths).tolist(), scale)
 
 

@@ -9,8 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pipeline.buffer import Buffer
-from pipeline.ledger import LOST_A_MEMBER, NO_VARIANCE, Ledger, LedgerState, State
+from pipeline.samples.buffer import Buffer
+from pipeline.samples.chunk import LOST_A_MEMBER, NO_VARIANCE, State
+from pipeline.samples.ledger import Ledger, LedgerState
 from random_inputs import random_inputs
 
 
@@ -35,12 +36,20 @@ def test_the_account_of_a_step() -> None:
     assert chunk.trainable() == [0, 1, 4, 5]
     ledger.close([chunk.number], trained=4)
     account = ledger.check()
-    assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (6, 4, 1, 1, 0)
+    assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (
+        6,
+        4,
+        1,
+        1,
+        0,
+    )
     assert ledger.quarantined == {3: "error: division by zero"}
 
 
 def test_groups_left_out_are_accounted_for_by_reason() -> None:
-    """Groups of 2: 0 is flat, 1 lost a member, 2 is flat and lost a member, 3 is good. What a commit keeps says the same."""
+    """Groups of 2: 0 is flat, 1 lost a member, 2 is flat and lost a member, 3 is good. What a commit keeps says the
+    same.
+    """
     ledger = Ledger(group_size=2)
     chunk = ledger.issue(4, version=0)
     ledger.generated(chunk.number)
@@ -48,9 +57,18 @@ def test_groups_left_out_are_accounted_for_by_reason() -> None:
     assert chunk.trainable() == [6, 7]
     ledger.close([chunk.number], trained=2)
     account = ledger.check()
-    assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (8, 2, 4, 2, 0)
+    assert (account.issued, account.trained, account.filtered, account.quarantined, account.in_flight) == (
+        8,
+        2,
+        4,
+        2,
+        0,
+    )
     assert ledger.filtered == {"lost a member": 2, "no variance": 2}
-    assert Ledger.of(2, LedgerState.model_validate_json(ledger.state().model_dump_json()), version=1).state() == ledger.state()
+    assert (
+        Ledger.of(2, LedgerState.model_validate_json(ledger.state().model_dump_json()), version=1).state()
+        == ledger.state()
+    )
 
 
 def test_a_flat_group_of_another_chunk_is_noticed() -> None:
@@ -209,7 +227,9 @@ class LedgerMachine(RuleBasedStateMachine):
         state = LedgerState.model_validate_json(self.ledger.state().model_dump_json())
         in_flight = {number: chunk.attempt for number, chunk in self.ledger.open.items()}
         self.ledger = Ledger.of(3, state, version=1)
-        assert {number: chunk.attempt - 1 for number, chunk in self.ledger.open.items()} == in_flight, "the next attempt, so that late answers are fenced"
+        assert {number: chunk.attempt - 1 for number, chunk in self.ledger.open.items()} == in_flight, (
+            "the next attempt, so that late answers are fenced"
+        )
         assert {chunk.version for chunk in self.ledger.open.values()} <= {1}
         after = self.ledger.account()
         assert after == replace(before, reissued=before.reissued + before.in_flight)

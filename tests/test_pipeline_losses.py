@@ -32,7 +32,9 @@ NAMES = ("logprobs", "proximal_logprobs", "reference_logprobs", "values", "advan
 
 
 def batch_of(seed: int, *, lengths: list[int] | None = None, kl_coef: float = 0.3) -> ActionTokens:
-    """Rollouts of 0 to 6 tokens in float64; proximal and sampled log-probs differ, and more for some rollouts than for others."""
+    """Rollouts of 0 to 6 tokens in float64; proximal and sampled log-probs differ, and more for some rollouts than for
+    others.
+    """
     random = np.random.default_rng(seed)
     sizes = random.integers(0, 7, int(random.integers(1, 6))) if lengths is None else np.asarray(lengths)
     row = np.repeat(np.arange(len(sizes)), sizes)
@@ -63,9 +65,15 @@ def random_algorithm(seed: int) -> Algorithm:
         "mask_low": either(0.0, 0.7),
         "mask_high": either(0.0, 1.4),
     }
-    options["importance_cap"] = either(0.0, 1.5) if options["decoupled"] else 0.0
+    if options["decoupled"]:
+        options |= {"importance_cap": either(0.0, 1.5), "importance_ratio": either("token", "sequence")}
     if issubclass(kind, PPO | GRPO | RLOO | ReinforcePP):
-        options |= {"ratio": either("token", "sequence"), "clip_low": 0.1, "clip_high": 0.3, "dual_clip": either(0.0, 1.6)}
+        options |= {
+            "ratio": either("token", "sequence"),
+            "clip_low": 0.1,
+            "clip_high": 0.3,
+            "dual_clip": either(0.0, 1.6),
+        }
     algorithm: Algorithm = kind(**options)
     algorithm.rules()
     return algorithm
@@ -74,7 +82,9 @@ def random_algorithm(seed: int) -> Algorithm:
 def slow_loss(algorithm: Any, new: list[float], entropy: list[float], batch: ActionTokens) -> list[float]:
     """Token by token, by the definitions."""
     row, n = batch.row.tolist(), len(batch.row)
-    old, sampled, reference, advantages = (getattr(batch, name).tolist() for name in ("proximal_logprobs", "logprobs", "reference_logprobs", "advantages"))
+    old, sampled, reference, advantages = (
+        getattr(batch, name).tolist() for name in ("proximal_logprobs", "logprobs", "reference_logprobs", "advantages")
+    )
     out = []
     for t in range(n):
         mine = [u for u in range(n) if row[u] == row[t]]
@@ -84,7 +94,9 @@ def slow_loss(algorithm: Any, new: list[float], entropy: list[float], batch: Act
             continue
         a = advantages[t]
         if hasattr(algorithm, "ratio"):
-            change = sum(new[u] - old[u] for u in mine) / len(mine) if algorithm.ratio == "sequence" else new[t] - old[t]
+            change = (
+                sum(new[u] - old[u] for u in mine) / len(mine) if algorithm.ratio == "sequence" else new[t] - old[t]
+            )
             r = math.exp(change)
             loss = -min(r * a, min(max(r, 1 - algorithm.clip_low), 1 + algorithm.clip_high) * a)
             if algorithm.dual_clip and a < 0:
@@ -92,11 +104,15 @@ def slow_loss(algorithm: Any, new: list[float], entropy: list[float], batch: Act
         else:
             loss = -new[t] * a
         if algorithm.decoupled:
-            weight = math.exp(old[t] - sampled[t])
+            weight = math.exp(
+                sum(old[u] - sampled[u] for u in (mine if algorithm.importance_ratio == "sequence" else [t]))
+            )
             loss *= min(weight, algorithm.importance_cap) if algorithm.importance_cap else weight
         if algorithm.kl_coef and algorithm.kl_in == "loss":
             d = new[t] - reference[t]
-            loss += batch.kl_coef * {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[algorithm.kl_estimator]
+            loss += (
+                batch.kl_coef * {"k1": d, "k2": d * d / 2, "k3": min(math.exp(-d) - 1 + d, 10)}[algorithm.kl_estimator]
+            )
         out.append(loss - algorithm.entropy_coef * entropy[t])
     return out
 
@@ -115,7 +131,10 @@ def test_every_loss_with_every_option_equals_the_loop(seed: int) -> None:
 @random_inputs(150)
 @given(seeds)
 def test_gradients_match_finite_differences(seed: int) -> None:
+    """But for the sequence ratio, whose gradient is by design not that of its value."""
     algorithm, batch = random_algorithm(seed), batch_of(seed, lengths=[3, 0, 1, 2])
+    if getattr(algorithm, "ratio", "token") == "sequence":
+        algorithm = algorithm.model_copy(update={"ratio": "token"})
     new, entropy = moved(batch, seed).requires_grad_(), batch.values.abs().requires_grad_()
     torch.autograd.gradcheck(lambda x, h: algorithm.policy_loss(x, h, batch)[0], (new, entropy))
 
@@ -134,7 +153,9 @@ def test_the_value_loss_equals_the_loop(seed: int, clip: float) -> None:
     new = batch.values + batch.advantages
     loss, statistics = losses.squared_error(new, batch.returns, batch.values, clip=clip)
     clipped = 0
-    for v, old, target, got in zip(new.tolist(), batch.values.tolist(), batch.returns.tolist(), loss.tolist(), strict=True):
+    for v, old, target, got in zip(
+        new.tolist(), batch.values.tolist(), batch.returns.tolist(), loss.tolist(), strict=True
+    ):
         near = old + min(max(v - old, -clip), clip) if clip else v
         assert got == pytest.approx(0.5 * max((v - target) ** 2, (near - target) ** 2), abs=1e-12)
         clipped += (near - target) ** 2 > (v - target) ** 2
@@ -145,7 +166,9 @@ def test_the_value_loss_equals_the_loop(seed: int, clip: float) -> None:
 
 
 def test_the_bounds_are_counted_apart() -> None:
-    """Tokens of ratio .5, .5, 2, 2, 9 with A = 1, -1, 1, -1, -1: only .5 with A < 0 and 2 with A > 0 are cut off, and 9 by the dual bound."""
+    """Tokens of ratio .5, .5, 2, 2, 9 with A = 1, -1, 1, -1, -1: only .5 with A < 0 and 2 with A > 0 are cut off, and 9
+    by the dual bound.
+    """
     log_ratio = torch.tensor([0.5, 0.5, 2, 2, 9]).log()
     advantages = torch.tensor([1.0, -1, 1, -1, -1])
     loss, statistics = losses.clipped(log_ratio, advantages, low=0.2, high=0.3, dual=3.0)
@@ -154,8 +177,24 @@ def test_the_bounds_are_counted_apart() -> None:
         "clip_fraction": [0, 1, 1, 0, 0],
         "clip_fraction_low": [0, 1, 0, 0, 0],
         "clip_fraction_high": [0, 0, 1, 0, 0],
+        "ratio_bounded_fraction": [0, 0, 0, 0, 0],
         "dual_clip_fraction": [0, 0, 0, 0, 1],
     }
+
+
+def test_importance_weights_by_token_and_by_sequence() -> None:
+    """Of a rollout of two tokens and one of one: each token's own ratio, or the product over its rollout; the cap holds
+    for either.
+    """
+    batch = batch_of(0, lengths=[2, 1])
+    batch = replace(batch, proximal_logprobs=batch.logprobs + torch.tensor([2.0, 3.0, 0.5], dtype=torch.float64).log())
+    for options, expected in (
+        ({}, [2, 3, 0.5]),
+        ({"importance_ratio": "sequence"}, [6, 6, 0.5]),
+        ({"importance_ratio": "sequence", "importance_cap": 4}, [4, 4, 0.5]),
+    ):
+        _, found = Reinforce(decoupled=True, **options).policy_loss(batch.proximal_logprobs, batch.values, batch)
+        assert found["importance_weight"].tolist() == pytest.approx(expected)
 
 
 def test_weights_and_dropped_rollouts_are_counted() -> None:
@@ -163,7 +202,9 @@ def test_weights_and_dropped_rollouts_are_counted() -> None:
     batch = batch_of(0, lengths=[2, 1])
     drift = torch.tensor([math.log(2), -math.log(2), math.log(100)], dtype=torch.float64)
     batch = replace(batch, proximal_logprobs=batch.logprobs + drift)
-    _, statistics = Reinforce(decoupled=True, importance_cap=1.5, mask_high=10).policy_loss(batch.proximal_logprobs, batch.values, batch)
+    _, statistics = Reinforce(decoupled=True, importance_cap=1.5, mask_high=10).policy_loss(
+        batch.proximal_logprobs, batch.values, batch
+    )
     assert statistics["importance_weight"].tolist() == pytest.approx([1.5, 0.5, 1.0])
     assert statistics["masked_fraction"].tolist() == [0, 0, 1]
     assert statistics["importance_weight_max"] is statistics["importance_weight"]
@@ -177,7 +218,9 @@ def test_the_kl_estimators() -> None:
 
 
 def test_the_gradients_that_the_estimators_document() -> None:
-    """Exact expectations over a distribution of four tokens: k1 pulls nowhere, k2 is the gradient of KL(pi || ref), k3 of KL(ref || pi)."""
+    """Exact expectations over a distribution of four tokens: k1 pulls nowhere, k2 is the gradient of KL(pi || ref), k3
+    of KL(ref || pi).
+    """
     logits = torch.tensor([0.3, -1.0, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
     reference = torch.log_softmax(torch.tensor([1.0, 0.0, -0.5, 0.4], dtype=torch.float64), 0)
 
@@ -193,6 +236,72 @@ def test_the_gradients_that_the_estimators_document() -> None:
     assert sampled("k1") == pytest.approx([0] * 4, abs=1e-12)
     assert sampled("k2") == pytest.approx(gradient(lambda pi: (pi.exp() * (pi - reference)).sum()))
     assert sampled("k3") == pytest.approx(gradient(lambda pi: (reference.exp() * (reference - pi)).sum()))
+
+
+# Bounds: the values below were seen to take a whole update, or to make it NaN.
+
+
+def test_k3_of_a_token_that_the_reference_finds_far_likelier_is_bounded() -> None:
+    """log pi = -12 and log ref = -0.5 gave 9.9e4, and a gradient as large; at -100 it was infinite.
+
+    At k3's bound there is no gradient.
+    """
+    new = torch.tensor([-12.0, -100.0, -1.0], requires_grad=True)
+    kl = losses.kl_estimate(new - torch.tensor([-0.5, -0.5, -0.5]), "k3")
+    kl.sum().backward()
+    assert kl.tolist() == pytest.approx([10, 10, math.exp(0.5) - 1.5], rel=1e-6)
+    assert new.grad is not None
+    assert new.grad.tolist() == pytest.approx([0, 0, 1 - math.exp(0.5)], rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("k1", 20.0), ("k2", 200.0), ("k3", 20 - 1 + math.exp(-20))])
+def test_every_estimates_log_ratio_is_bounded(kind: losses.KLEstimator, bound: float) -> None:
+    expected = min(bound, 10.0) if kind == "k3" else bound
+    assert losses.kl_estimate(torch.tensor([90.0, 21.0]), kind).tolist() == pytest.approx([expected] * 2)
+    assert losses.kl_out_of_bounds(torch.tensor([90.0, 19.0, 0.5, -2.0]), kind).tolist() == [
+        True,
+        kind == "k3",
+        False,
+        False,
+    ]
+    assert losses.kl_estimate(torch.tensor([NAN]), kind).isnan().all(), "a NaN must be noticed"
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_that_would_overflow_has_a_finite_gradient(ratio: str, advantage: float) -> None:
+    """exp(100) is infinite in float32: the clipped loss was finite and its gradient 0 * inf."""
+    batch = ActionTokens(row=torch.tensor([0]), rows=1, **dict.fromkeys(NAMES, torch.tensor([-100.0])))
+    batch = replace(batch, advantages=torch.tensor([advantage]))
+    new = torch.tensor([-0.0], requires_grad=True)
+    loss, statistics = PPO(ratio=ratio).policy_loss(new, batch.values, batch)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert new.grad is not None
+    assert new.grad.tolist() == [0]
+    assert statistics["ratio_bounded_fraction"].tolist() == [1]
+    assert all(torch.isfinite(values).all() for values in statistics.values())
+
+
+def test_an_importance_weight_that_would_overflow_is_bounded() -> None:
+    batch = ActionTokens(row=torch.tensor([0]), rows=1, **dict.fromkeys(NAMES, torch.tensor([-100.0])))
+    new = torch.tensor([-0.5], requires_grad=True)
+    loss, statistics = Reinforce(decoupled=True).policy_loss(
+        new, batch.values, replace(batch, proximal_logprobs=torch.tensor([-0.5]))
+    )
+    loss.sum().backward()
+    assert statistics["importance_weight"].tolist() == pytest.approx([math.exp(20)])
+    assert new.grad is not None
+    assert torch.isfinite(new.grad).all()
+
+
+def test_a_penalty_that_is_cut_off_is_counted() -> None:
+    batch = ActionTokens(
+        row=torch.tensor([0, 0]), rows=1, kl_coef=0.1, **dict.fromkeys(NAMES, torch.tensor([-1.0, -0.5]))
+    )
+    _, statistics = GRPO(kl_coef=0.1).policy_loss(torch.tensor([-1.0, -12.0]), batch.values, batch)
+    assert statistics["kl_bounded_fraction"].tolist() == [0, 1]
+    assert statistics["kl_loss"].tolist() == [0, 10]
 
 
 # Identities.
@@ -221,7 +330,10 @@ def test_a_sequence_of_one_token_has_the_tokens_ratio(seed: int) -> None:
 
 
 def test_the_sequence_ratios_gradient_is_the_papers() -> None:
-    """Zheng et al. 2025, eq. 10: sum_i s_i A_i / |y_i| sum_t grad log pi_t, over the number of rollouts, where nothing is clipped."""
+    """Zheng et al.
+
+    2025, eq. 10: sum_i s_i A_i / |y_i| sum_t grad log pi_t, over the number of rollouts, where nothing is clipped.
+    """
     batch = batch_of(3, lengths=[4, 1, 2])
     batch = replace(batch, advantages=torch.tensor([1.5, -0.5, 2.0], dtype=torch.float64)[batch.row])
     new = moved(batch, 3, by=0.05).requires_grad_()
@@ -235,6 +347,33 @@ def test_the_sequence_ratios_gradient_is_the_papers() -> None:
         assert new.grad[mine].tolist() == pytest.approx([float(-s * a / (3 * mine.sum()))] * int(mine.sum()))
 
 
+def test_a_sequence_ratio_pushes_each_token_by_its_own_advantage() -> None:
+    """GSPO-token at a ratio of 1: advantages +1 and -1 in one rollout have gradients -1/2 and +1/2, not
+    their mean, 0.
+    """
+    old = torch.tensor([-1.0, -2.0])
+    batch = ActionTokens(row=torch.tensor([0, 0]), rows=1, **dict.fromkeys(NAMES, old))
+    batch = replace(batch, advantages=torch.tensor([1.0, -1.0]))
+    new = old.clone().requires_grad_()
+    loss, _ = PPO(ratio="sequence").policy_loss(new, old, batch)
+    loss.mean().backward()
+    assert new.grad is not None
+    assert new.grad.tolist() == [-0.5, 0.5]
+
+
+@random_inputs(100)
+@given(seeds)
+def test_the_sequence_ratios_gradient_is_the_ratio_times_the_tokens_advantage(seed: int) -> None:
+    """Wherever the bounds do not hold it: the rollout's ratio s, the token's own advantage and log-prob."""
+    batch = batch_of(seed, lengths=[3, 1, 4])
+    new = moved(batch, seed, by=0.05).requires_grad_()
+    PPO(ratio="sequence", clip_low=1, clip_high=9).policy_loss(new, new.detach(), batch)[0].sum().backward()
+    change = (new - batch.proximal_logprobs).detach()
+    s = torch.stack([change[batch.row == i].mean().exp() for i in batch.row])
+    assert new.grad is not None
+    assert torch.allclose(new.grad, -s * batch.advantages)
+
+
 @random_inputs(100)
 @given(seeds)
 def test_decoupled_is_coupled_where_the_learner_agrees_with_the_sampler(seed: int) -> None:
@@ -243,7 +382,12 @@ def test_decoupled_is_coupled_where_the_learner_agrees_with_the_sampler(seed: in
     new = moved(batch, seed)
     coupled, decoupled, capped, masked = (
         PPO(**options).policy_loss(new, new, batch)[0]
-        for options in ({}, {"decoupled": True}, {"decoupled": True, "importance_cap": 2.0}, {"mask_low": 0.9, "mask_high": 1.1})
+        for options in (
+            {},
+            {"decoupled": True},
+            {"decoupled": True, "importance_cap": 2.0},
+            {"mask_low": 0.9, "mask_high": 1.1},
+        )
     )
     assert torch.equal(coupled, decoupled)
     assert torch.equal(coupled, capped)
@@ -253,14 +397,30 @@ def test_decoupled_is_coupled_where_the_learner_agrees_with_the_sampler(seed: in
 @random_inputs(200)
 @given(seeds, st.sampled_from([NAN, 1e6]))
 def test_a_dropped_rollout_leaves_no_trace(seed: int, wild: float) -> None:
-    """Whatever stands in it, infinite ratios and NaN included: no loss, no gradient, and the others are as they would be without it."""
+    """Whatever stands in it, infinite ratios and NaN included: no loss, no gradient, and the others are as they would
+    be without it.
+    """
     good, new_good = batch_of(seed, lengths=[2, 3]), moved(batch_of(seed, lengths=[2, 3]), seed)
     good = replace(good, proximal_logprobs=good.logprobs)
-    columns = {name: torch.cat([getattr(good, name), torch.full((2,), wild if name != "logprobs" else -1.0, dtype=torch.float64)]) for name in NAMES}
+    columns = {
+        name: torch.cat(
+            [getattr(good, name), torch.full((2,), wild if name != "logprobs" else -1.0, dtype=torch.float64)]
+        )
+        for name in NAMES
+    }
     both = ActionTokens(row=torch.cat([good.row, torch.tensor([2, 2])]), rows=3, kl_coef=0.3, **columns)
     for kind in (GRPO, RLOO, A2C):
         options: dict[str, Any] = {"ratio": "sequence"} if kind is RLOO else {}
-        algorithm = kind(mask_low=0.5, mask_high=2, decoupled=True, kl_coef=0.3, kl_in="loss", kl_estimator="k3", entropy_coef=0.1, **options)
+        algorithm = kind(
+            mask_low=0.5,
+            mask_high=2,
+            decoupled=True,
+            kl_coef=0.3,
+            kl_in="loss",
+            kl_estimator="k3",
+            entropy_coef=0.1,
+            **options,
+        )
         new = torch.cat([new_good, torch.tensor([-1e4, 1e4])]).requires_grad_()
         entropy = torch.cat([good.values, torch.ones(2)]).detach().requires_grad_()
         loss, statistics = algorithm.policy_loss(new, entropy, both)
@@ -278,7 +438,14 @@ def test_a_dropped_rollout_leaves_no_trace(seed: int, wild: float) -> None:
 def test_nobody_is_dropped_unseen() -> None:
     """A NaN log-prob must reach the gradient, where it is noticed, unless masking was asked for."""
     batch = batch_of(1, lengths=[2])
-    assert PPO().policy_loss(batch.proximal_logprobs * NAN, batch.values, replace(batch, proximal_logprobs=batch.proximal_logprobs * NAN))[0].isnan().all()
+    assert (
+        PPO()
+        .policy_loss(
+            batch.proximal_logprobs * NAN, batch.values, replace(batch, proximal_logprobs=batch.proximal_logprobs * NAN)
+        )[0]
+        .isnan()
+        .all()
+    )
 
 
 @random_inputs(100)
@@ -287,7 +454,9 @@ def test_a_loss_does_not_depend_on_the_order_of_rollouts(seed: int) -> None:
     algorithm, batch = random_algorithm(seed), batch_of(seed)
     new, entropy = moved(batch, seed), batch.values.abs()
     order = torch.cat([(batch.row == i).nonzero()[:, 0] for i in reversed(range(batch.rows))])
-    turned = replace(batch, row=batch.rows - 1 - batch.row[order], **{name: getattr(batch, name)[order] for name in NAMES})
+    turned = replace(
+        batch, row=batch.rows - 1 - batch.row[order], **{name: getattr(batch, name)[order] for name in NAMES}
+    )
     straight = algorithm.policy_loss(new, entropy, batch)[0]
     assert torch.allclose(algorithm.policy_loss(new[order], entropy[order], turned)[0], straight[order], atol=1e-12)
 
@@ -298,10 +467,28 @@ def test_a_loss_does_not_depend_on_the_order_of_rollouts(seed: int) -> None:
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        (PPO(kl_target=6.0), r"^algorithm\.kl_coef: must be > 0 when algorithm\.kl_target is 6, got 0; .*remove kl_target$"),
-        (A2C(importance_cap=2.0), r"^algorithm\.decoupled: must be true when algorithm\.importance_cap is 2, got false; .*remove importance_cap$"),
-        (GRPO(mask_low=1.0, mask_high=0.5), r"^algorithm\.mask_high: must be above algorithm\.mask_low = 1, got 0\.5; no rollout would be left$"),
-        (GRPO(dual_clip=1.1), r"^algorithm\.dual_clip: must be above 1 \+ algorithm\.clip_high = 1\.2, got 1\.1; 3 is usual, 0 turns it off$"),
+        (
+            PPO(kl_target=6.0),
+            r"^algorithm\.kl_coef: must be > 0 when algorithm\.kl_target is 6, got 0; .*remove kl_target$",
+        ),
+        (
+            A2C(importance_cap=2.0),
+            r"^algorithm\.decoupled: must be true when algorithm\.importance_cap is 2, got false; .*remove "
+            r"importance_cap$",
+        ),
+        (
+            GRPO(mask_low=1.0, mask_high=0.5),
+            r"^algorithm\.mask_high: must be above algorithm\.mask_low = 1, got 0\.5; no rollout would be left$",
+        ),
+        (
+            GRPO(importance_ratio="sequence"),
+            r"^algorithm\.decoupled: must be true when algorithm\.importance_ratio is 'sequence', got false; .*",
+        ),
+        (
+            GRPO(dual_clip=1.1),
+            r"^algorithm\.dual_clip: must be above 1 \+ algorithm\.clip_high = 1\.2, got 1\.1; 3 is usual, 0 turns it "
+            r"off$",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(algorithm: Algorithm, message: str) -> None:
@@ -311,4 +498,6 @@ def test_options_that_do_not_go_together(algorithm: Algorithm, message: str) -> 
 
 def test_who_needs_the_learners_own_log_probs() -> None:
     assert not PPO().needs_proximal
-    assert all(PPO(**options).needs_proximal for options in ({"decoupled": True}, {"mask_low": 0.5}, {"mask_high": 2.0}))
+    assert all(
+        PPO(**options).needs_proximal for options in ({"decoupled": True}, {"mask_low": 0.5}, {"mask_high": 2.0})
+    )

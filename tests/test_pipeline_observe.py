@@ -1,13 +1,18 @@
-"""What a run says of itself: a JSON line a step, TensorBoard, a live view in a terminal and plain lines elsewhere, a summary."""
+"""What a run says of itself: a JSON line a step, TensorBoard, a live view in a terminal and plain lines elsewhere, a
+summary.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import math
 import re
+import shlex
 import struct
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,28 +21,31 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from actors.learner import UpdateReport
+from actors.learner.learner import UpdateReport
 from driver_setup import config
 from evaluation_helpers import measured
-from pipeline.assemble import AssemblyReport
-from pipeline.checkpoint import Checkpoints, DriverState
-from pipeline.cli import parse
-from pipeline.collector import Collected
-from pipeline.config import load, recipe_path
-from pipeline.evaluation import Likelihood, assess
-from pipeline.ledger import Account, LedgerState, OpenChunk
+from pipeline.arguments.parsing import parse
+from pipeline.assembly.report import AssemblyReport
+from pipeline.evaluation.results import Likelihood, assess
+from pipeline.loop.commits import Checkpoints, DriverState
+from pipeline.loop.metrics import StepCounts, step_metrics
+from pipeline.loop.phases import Update
 from pipeline.observe import progress as progress_module
-from pipeline.observe import summary
-from pipeline.observe.account import show_account
-from pipeline.observe.frontier import smoothed
 from pipeline.observe.metrics import StepMetrics
 from pipeline.observe.observer import Observer, read_metrics
 from pipeline.observe.progress import PLAIN_EVERY_S, SPARK, Progress, sparkline
-from pipeline.observe.report import write
-from pipeline.observe.words import price, verdict, yardstick
-from pipeline.run import Result
-from pipeline.run_folder import RunFolder
-from pipeline.stages.judgement import judge
+from pipeline.preparation.reward_model_report import judge
+from pipeline.report import terminal as summary
+from pipeline.report.frontier import smoothed
+from pipeline.report.ledger import show_account
+from pipeline.report.markdown import write
+from pipeline.report.result import Result
+from pipeline.report.wording import price, verdict, yardstick
+from pipeline.samples.buffer import Batch
+from pipeline.samples.collector import CollectionCounts
+from pipeline.samples.ledger import Account, LedgerState, OpenChunk
+from pipeline.training.trainer import _Curves
+from run_helpers import new_run
 
 NAN = math.nan
 
@@ -50,6 +58,8 @@ ASSEMBLED = AssemblyReport(
     shaped_mean=0.375,
     kl_per_rollout=1.5,
     kl_per_token=0.125,
+    kl_bounded=0.0,
+    flat_groups=0.25,
     advantage_std=1.0,
     return_mean=0.75,
     value_mean=0.625,
@@ -78,18 +88,16 @@ ACCOUNT = Account(issued=210, trained=200, filtered=2, quarantined=3, in_flight=
 
 
 def metrics(step: int = 0, *, reward: float = 0.5, critic: UpdateReport | None = CRITIC) -> StepMetrics:
-    return StepMetrics.of(
-        step=step,
-        version=step + 1,
-        kl_coef=0.2,
-        summary=dataclasses.replace(ASSEMBLED, reward_mean=reward),
-        policy=POLICY,
-        critic=critic,
+    batch = Batch(step=step, chunks=(), emptied=(), rollouts=(), scores=(), sample_ids=())
+    summary = dataclasses.replace(ASSEMBLED, reward_mean=reward)
+    counts = StepCounts(
         account=ACCOUNT,
-        collected=Collected(action_tokens=800, generate_s=0.5),
+        collected=CollectionCounts(action_tokens=800, generate_s=0.5),
         seconds={"rollout": 1.0, "learn": 2.0},
         incidents={"rolled_back": 1.0},
     )
+    update = Update(batch=batch, summary=summary, policy=POLICY, critic=critic)
+    return step_metrics(update, counts, version=step + 1, kl_coef=0.2)
 
 
 def console(terminal: bool) -> tuple[Console, io.StringIO]:
@@ -119,8 +127,10 @@ def test_the_numbers_of_a_step() -> None:
         "reward/mean": 0.5,
         "reward/std": 0.25,
         "reward/shaped_mean": 0.375,
+        "reward/flat_groups": 0.25,
         "kl/per_rollout": 1.5,
         "kl/per_token": 0.125,
+        "kl/bounded_fraction": 0.0,
         "kl/coef": 0.2,
         "advantage/std": 1.0,
         "return/mean": 0.75,
@@ -162,7 +172,9 @@ def test_the_numbers_of_a_step() -> None:
 
 
 def test_without_a_critic_there_are_no_numbers_of_one() -> None:
-    assert {key.split("/")[0] for key in metrics().values} - {key.split("/")[0] for key in metrics(critic=None).values} == {"critic"}
+    assert {key.split("/")[0] for key in metrics().values} - {
+        key.split("/")[0] for key in metrics(critic=None).values
+    } == {"critic"}
 
 
 def test_metrics_are_one_json_line_a_step_on_disk_before_the_next(tmp_path: Path) -> None:
@@ -197,6 +209,7 @@ def test_steps_that_are_done_again_replace_their_metrics(tmp_path: Path) -> None
     with Observer(tmp_path, progress := Progress(out)) as observer:
         progress.stage("reinforce", 4)
         observer.rewind(2)
+        progress.rewind(2)
         for step in (2, 3):
             observer.step(metrics(step, reward=0.25))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -206,7 +219,7 @@ def test_steps_that_are_done_again_replace_their_metrics(tmp_path: Path) -> None
 
 def test_the_account_of_a_run_names_reasons_and_starts(tmp_path: Path) -> None:
     run = config(steps=9)
-    with RunFolder.create(tmp_path / "run", run) as folder:
+    with new_run(tmp_path / "run", run) as folder:
         ledger = LedgerState(
             next_group=100,
             next_chunk=9,
@@ -236,8 +249,39 @@ def test_the_account_of_a_run_names_reasons_and_starts(tmp_path: Path) -> None:
     assert "epoch 1: from step 0" in said
 
 
+def test_a_kl_that_is_measured_every_few_steps_stays_in_view() -> None:
+    out, text = console(terminal=False)
+    progress = Progress(out)
+    progress.stage("reinforce", 2)
+    progress.step(metrics(0))
+    progress.step(dataclasses.replace(metrics(1), values=metrics(1).values | {"kl/per_rollout": NAN}))
+    assert "reinforce 2/2" in text.getvalue()
+    assert text.getvalue().splitlines()[-1].count("KL 1.500") == 1
+
+
+def silent(step: int) -> StepMetrics:
+    return dataclasses.replace(metrics(step), values=metrics(step).values | {"policy/grad_norm_max": 0.0})
+
+
+def test_steps_that_teach_nothing_are_said_once_also_after_a_break(tmp_path: Path) -> None:
+    out, text = console(terminal=False)
+    with Observer(tmp_path, Progress(out)) as observer:
+        for step in range(5):
+            observer.step(silent(step))
+        observer.rewind(4)
+        observer.step(silent(4))
+    assert (
+        text.getvalue().count(
+            "warning: in the last 3 steps the policy's gradient was 0, so no weight changed; look at "
+        )
+        == 1
+    )
+
+
 def test_what_is_not_a_number_is_null(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Strict readers of JSON (jq, JavaScript) refuse a bare NaN; TensorBoard's writer would complain of it on the terminal."""
+    """Strict readers of JSON (jq, JavaScript) refuse a bare NaN; TensorBoard's writer would complain of it on the
+    terminal.
+    """
     odd = dataclasses.replace(metrics(), values=metrics().values | {"kl/per_rollout": NAN, "policy/loss": math.inf})
     with Observer(tmp_path, Progress(console(terminal=False)[0])) as observer:
         observer.step(odd)
@@ -276,8 +320,29 @@ def test_tensorboard_has_every_number_of_every_step(tmp_path: Path) -> None:
         assert written == pytest.approx(value, rel=1e-6)
 
 
+def test_a_training_has_curves_too_and_what_is_taken_back_is_drawn_anew(tmp_path: Path) -> None:
+    records = [{"epoch": 1, "updates": updates, "loss": 4.0 - updates, "text": "loss"} for updates in (2, 3, 5)]
+    curves = _Curves(tmp_path)
+    curves.restart(records[:1])
+    for record in records[1:]:
+        curves.add(record)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == records
+    assert scalars(tmp_path / "tensorboard") == {
+        "epoch": [(2, 1.0), (3, 1.0), (5, 1.0)],
+        "loss": [(2, 2.0), (3, 1.0), (5, -1.0)],
+    }
+    for path in (tmp_path / "tensorboard").iterdir():
+        path.unlink()
+    curves.restart(records[:2])
+    curves.close()
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(2, 2.0), (3, 1.0)]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == records[:2]
+
+
 def test_elsewhere_than_in_a_terminal_a_plain_line_now_and_then(clock: Clock) -> None:
-    """The first after PLAIN_EVERY_S, and always the last of a stage; no control characters, however narrow the log."""
+    """When a stage begins, then after PLAIN_EVERY_S, and when it is done; no control characters, however narrow the
+    log.
+    """
     to, out = console(terminal=False)
     with Progress(to) as progress:
         progress.stage("reinforce", 4)
@@ -286,8 +351,11 @@ def test_elsewhere_than_in_a_terminal_a_plain_line_now_and_then(clock: Clock) ->
             progress.phase("learn")
             progress.step(metrics(step, reward=0.125 * step))
     assert out.getvalue().splitlines() == [
-        "reinforce 2/4  reward 0.125  KL 1.500  entropy 1.250  token distinct-2 0.375  length 9.000  tok/s 300  left 0:06",
-        "reinforce 4/4  reward 0.375  KL 1.500  entropy 1.250  token distinct-2 0.375  length 9.000  tok/s 300  left 0:00",
+        "reinforce ...",
+        "reinforce 2/4  reward 0.125  KL 1.500  entropy 1.250  token distinct-2 0.375  length 9.000  tok/s 300  left "
+        "0:06",
+        "reinforce 4/4  reward 0.375  KL 1.500  entropy 1.250  token distinct-2 0.375  length 9.000  tok/s 300  in "
+        "0:08",
     ]
 
 
@@ -298,7 +366,70 @@ def test_a_stage_that_counts_without_metrics_says_how_it_went(clock: Clock) -> N
         for note in ("loss [/b] 3.2", "loss :smile: 3.1"):  # neither markup nor emoji of ours
             clock.now += 70
             progress.advance(note)
-    assert out.getvalue().splitlines() == ["fine-tune 1/2  loss [/b] 3.2  left 1:10", "fine-tune 2/2  loss :smile: 3.1  left 0:00"]
+    assert out.getvalue().splitlines() == [
+        "fine-tune ...",
+        "fine-tune 1/2  loss [/b] 3.2  left 1:10",
+        "fine-tune 2/2  loss :smile: 3.1  in 2:20",
+    ]
+
+
+def test_a_wait_is_shown_with_its_time_and_leaves_a_line(clock: Clock) -> None:
+    """What is over in no time leaves none."""
+    for terminal in (False, True):
+        to, out = console(terminal)
+        with Progress(to) as progress:
+            progress.stage("load libraries", 0)
+            progress.stage("start actors", 1)
+            clock.now += 70
+            progress.phase("waiting for policy")
+            clock.now += 5
+            progress.remark("by the way")
+        lines = [
+            line.strip()
+            for line in re.sub(r"\x1b\[[?0-9]*[a-zA-Z]|\r", "", out.getvalue()).splitlines()
+            if line.strip()
+        ]
+        assert [line for line in lines if " in " in line] == ["start actors  in 1:15"]
+        if terminal:
+            assert "start actors 1:15 waiting for policy 0:05" in lines
+        else:
+            assert lines == ["load libraries ...", "start actors ...", "by the way", "start actors  in 1:15"]
+
+
+def test_where_there_is_no_terminal_a_long_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "SILENT_S", 0.06)
+    to, out = console(terminal=False)
+    with Progress(to) as progress:
+        progress.stage("start Ray", 0)
+        progress.phase("waiting for a node")
+        deadline = time.monotonic() + 10
+        while "start Ray since 0:00  waiting for a node\n" not in out.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_the_pace_counts_from_where_a_stage_really_begins(clock: Clock) -> None:
+    """The first time left is neither 0:00 nor that of the start-up."""
+    to, out = console(terminal=False)
+    with Progress(to) as progress:
+        progress.stage("fine-tune", 10)
+        clock.now += 60  # workers start
+        progress.rewind(4)
+        clock.now += 10
+        progress.advance("loss 3.2")
+        clock.now += 10
+        progress.advance("loss 3.1")
+    assert [line.rsplit("left ", 1)[1] for line in out.getvalue().splitlines() if "left" in line] == ["0:50", "0:40"]
+
+
+def test_a_console_of_ascii_gets_bars_of_ascii(clock: Clock) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with Progress(Console(file=out, force_terminal=True, width=100, color_system=None)) as progress:
+        progress.stage("reinforce", 4)
+        for step, reward in enumerate((0.0, 1.0)):
+            progress.step(metrics(step, reward=reward))
+    out.seek(0)
+    assert "reward _#" in out.read()
 
 
 def test_the_time_left_is_of_this_stage_at_its_pace_so_far(clock: Clock) -> None:
@@ -312,8 +443,12 @@ def test_the_time_left_is_of_this_stage_at_its_pace_so_far(clock: Clock) -> None
         for step in range(10):
             clock.now += 60 if step < 5 else 30
             progress.step(metrics(step))
-    left = [line.rsplit("left ", 1)[1] for line in out.getvalue().splitlines()]
-    assert left == ["0:00", "9:00", "8:00", "7:00", "6:00", "5:00", "3:40", "2:34", "1:37", "0:46", "0:00"]
+    told = [line.split("  ")[-1] for line in out.getvalue().splitlines() if not line.endswith("...")]
+    assert told == [
+        "in 0:10",
+        *(f"left {left}" for left in ("9:00", "8:00", "7:00", "6:00", "5:00", "3:40", "2:34", "1:37", "0:46")),
+        "in 7:30",
+    ]
 
 
 def test_in_a_terminal_a_few_lines_are_drawn_and_wiped(clock: Clock) -> None:
@@ -325,7 +460,7 @@ def test_in_a_terminal_a_few_lines_are_drawn_and_wiped(clock: Clock) -> None:
             clock.now += 30
             progress.step(metrics(step, reward=reward))
     drawn = out.getvalue()
-    assert re.search(r"reinforce +\S+━.* 2/4 left 1:00 publish", drawn)
+    assert re.search(r"reinforce +\S+━.* 2/4 1:00 left 1:00 publish 1:00", drawn)
     assert "reward  KL     entropy  token distinct-2  length  tok/s" in drawn
     assert "1.000   1.500  1.250    0.375             9.000   300" in drawn
     assert f"reward {SPARK[0]}{SPARK[-1]}" in drawn
@@ -337,8 +472,8 @@ def test_a_new_stage_starts_from_nothing_in_a_terminal(clock: Clock) -> None:
     with Progress(to) as progress:
         progress.stage("reinforce", 4)
         progress.step(metrics())
-        progress.stage("evaluate after", 1)
-    assert re.search(r"evaluate after .* 0/1 left -:--", out.getvalue())
+        progress.stage("evaluate after", 2)
+    assert re.search(r"evaluate after .* 0/2 0:00 left -:--", out.getvalue())
     assert "entropy" not in out.getvalue().split("evaluate after")[-1]
 
 
@@ -381,11 +516,18 @@ def test_a_long_sparkline_loses_no_value() -> None:
         assert n == 1 or SPARK[-1] in sparkline(marked)
 
 
-def result(after: list[float], tmp_path: Path, *, words: tuple[str, str] = ("yes", "no"), kl: float = 0.5, best_of_n: int = 1) -> Result:
+def result(
+    after: list[float], tmp_path: Path, *, words: tuple[str, str] = ("yes", "no"), kl: float = 0.5, best_of_n: int = 1
+) -> Result:
     """Three prompts, a reply of each model to each; four of the baseline where best-of-n is asked for."""
     before = [[reward] + [reward + 0.5 * k for k in range(1, best_of_n)] for reward in (0.0, 1.0, 2.0)]
     found = measured([[reward] for reward in after], before, kl=kl, words=words)
-    return Result(run_dir=tmp_path, stages={}, evaluation=assess(found, policy="policy", baseline="finetuned", best_of_n=best_of_n, seed=0), seconds=61.4)
+    return Result(
+        run_dir=tmp_path,
+        stages={},
+        evaluation=assess(found, policy="policy", baseline="finetuned", best_of_n=best_of_n, seed=0),
+        seconds=61.4,
+    )
 
 
 @pytest.mark.parametrize(
@@ -393,8 +535,14 @@ def result(after: list[float], tmp_path: Path, *, words: tuple[str, str] = ("yes
     [
         ([1.0, 2.0, 3.0], "The reward rose: +1.000 a prompt, 95 % interval +1.000 to +1.000."),
         ([-1.0, 0.0, 1.0], "The reward fell: -1.000 a prompt, 95 % interval -1.000 to -1.000."),
-        ([0.0, 1.0, 2.0], "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval +0.000 to +0.000."),
-        ([1.0, 0.0, 2.0], "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval -1.000 to +1.000."),
+        (
+            [0.0, 1.0, 2.0],
+            "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval +0.000 to +0.000.",
+        ),
+        (
+            [1.0, 0.0, 2.0],
+            "The reward cannot be told from what it was: +0.000 a prompt, 95 % interval -1.000 to +1.000.",
+        ),
     ],
 )
 def test_the_verdict_claims_no_more_than_the_interval_allows(after: list[float], words: str, tmp_path: Path) -> None:
@@ -403,7 +551,7 @@ def test_the_verdict_claims_no_more_than_the_interval_allows(after: list[float],
 
 def test_the_summary_shows_both_sides_and_where_everything_is(tmp_path: Path) -> None:
     to, out = console(terminal=False)
-    summary.show(result([1.0, 2.0, 3.0], tmp_path, best_of_n=4), load(recipe_path("walks")), to)
+    summary.show(result([1.0, 2.0, 3.0], tmp_path, best_of_n=4), 5, to)
     text = out.getvalue()
     assert re.search(r"prompt 0 +│ no 0 0 +│ yes 0 0 ", text)
     assert re.search(r"reward by the rule +│ \+1\.750 \(0\.750 to 2\.750\) +│ \+2\.000 \(1\.000 to 3\.000\)", text)
@@ -414,6 +562,7 @@ def test_the_summary_shows_both_sides_and_where_everything_is(tmp_path: Path) ->
     assert re.search(r"tokens of a reply +│ +8\.0 │ +8\.0", text)
     assert f'from_pretrained("{tmp_path}/policy")' in text
     assert "a prompt, 95 % interval +0.250 to +0.250. 61 s in all.\n" in text
+    assert ("pip install tensorboard" in text) == (importlib.util.find_spec("tensorboard") is None)
     for name in ("metrics.jsonl", "experience/", "report.md", "evaluation.json", "config.toml", "log/"):
         assert name in text
 
@@ -421,15 +570,24 @@ def test_the_summary_shows_both_sides_and_where_everything_is(tmp_path: Path) ->
 def test_the_commands_to_try_next_are_commands(tmp_path: Path) -> None:
     """They stand there whatever was run, so each must be right by itself."""
     tried = summary.next_steps(result([1.0, 2.0, 3.0], tmp_path)).partition("try next")[2]
-    commands = [re.split(r" {3,}", line.strip())[0].split() for line in tried.splitlines() if line.startswith("  raylign ")]
+    commands = [
+        re.split(r" {3,}", line.strip())[0].split() for line in tried.splitlines() if line.startswith("  raylign ")
+    ]
     assert [parse(words[1:]).recipe for words in commands] == ["walks", "walks", "quickstart"]
+
+
+def test_printed_commands_stand_a_folder_with_a_space(tmp_path: Path) -> None:
+    told = summary.next_steps(result([1.0, 2.0, 3.0], folder := tmp_path / "it's mine"))
+    again, curves = (re.search(pattern, told) for pattern in (r"the run again: (.*)", r"(tensorboard --logdir .*)"))
+    assert again and shlex.split(again[1]) == ["raylign", "run", f"{folder}/config.toml"]
+    assert curves and shlex.split(curves[1]) == ["tensorboard", "--logdir", str(folder)]
 
 
 def test_what_a_model_writes_is_shown_as_it_is(tmp_path: Path) -> None:
     """A language model may write anything, `[/b]` included, which rich would take for a tag that closes nothing."""
     to, out = console(terminal=False)
     odd = result([1.0, 2.0, 3.0], tmp_path / "run [/x]", words=("[/b] [red]hi[/red] :smile:", "no"))
-    summary.show(odd, load(recipe_path("walks")), to)
+    summary.show(odd, 5, to)
     assert "[/b] [red]hi[/red] :smile:" in out.getvalue()
     assert f"{tmp_path}/run [/x]/policy" in out.getvalue()
 
@@ -440,10 +598,12 @@ def test_what_a_model_writes_is_shown_as_it_is(tmp_path: Path) -> None:
 def test_best_of_n_at_the_same_kl_is_told_also_where_the_policy_loses(tmp_path: Path) -> None:
     """Best-of-2 gains half at 0.19 nats; the policy spent 0.19, and gains 1, nothing, or loses."""
     ahead, level, behind = (
-        yardstick(result(after, tmp_path, kl=math.log(2) - 0.5, best_of_n=2).evaluation) for after in ([2.0, 3, 4], [0.0, 1, 2], [-1.0, 0, 1])
+        yardstick(result(after, tmp_path, kl=math.log(2) - 0.5, best_of_n=2).evaluation)
+        for after in ([2.0, 3, 4], [0.0, 1, 2], [-1.0, 0, 1])
     )
     assert ahead.startswith(
-        "Best-of-n from the baseline at the same KL (n about 2.0) has a reward of +1.500: the policy is 1.500 above it (95 % interval +1.500"
+        "Best-of-n from the baseline at the same KL (n about 2.0) has a reward of +1.500: the policy is 1.500 above it "
+        "(95 % interval +1.500"
     )
     assert ahead.endswith("Best-of-2 does not reach the policy's reward.")
     assert "the policy is 0.500 below it" in level
@@ -452,7 +612,9 @@ def test_best_of_n_at_the_same_kl_is_told_also_where_the_policy_loses(tmp_path: 
 
 
 def test_beyond_the_largest_n_a_loss_is_certain_and_a_lead_is_open(tmp_path: Path) -> None:
-    lost, open_ = (yardstick(result(after, tmp_path, kl=4.0, best_of_n=2).evaluation) for after in ([-1.0, 0, 1], [2.0, 3, 4]))
+    lost, open_ = (
+        yardstick(result(after, tmp_path, kl=4.0, best_of_n=2).evaluation) for after in ([-1.0, 0, 1], [2.0, 3, 4])
+    )
     assert "Best-of-2 from the baseline has a reward of +1.500 at only 0.19 nats: the policy is 1.500 below it" in lost
     assert "n about 147, which the policy's KL would buy, can only be better." in lost
     assert "its KL would buy n about 147, which was not sampled: raise evaluation.best_of to compare." in open_
@@ -461,10 +623,19 @@ def test_beyond_the_largest_n_a_loss_is_certain_and_a_lead_is_open(tmp_path: Pat
 
 def test_what_the_reward_cost(tmp_path: Path) -> None:
     tokens = np.array([1.0, 3.0])
-    likelihood = Likelihood(policy=tokens * math.log(1 / 4), baseline=tokens * math.log(1 / 2), tokens=tokens, excluded=0)
-    found = assess(measured([[0.0]] * 2, [[0.0]] * 2, kl=1.5, likelihood=likelihood), policy="policy", baseline="finetuned", best_of_n=1, seed=0)
+    likelihood = Likelihood(
+        policy=tokens * math.log(1 / 4), baseline=tokens * math.log(1 / 2), tokens=tokens, excluded=0
+    )
+    found = assess(
+        measured([[0.0]] * 2, [[0.0]] * 2, kl=1.5, likelihood=likelihood),
+        policy="policy",
+        baseline="finetuned",
+        best_of_n=1,
+        seed=0,
+    )
     assert price(found) == (
-        "The policy is 1.50 nats a reply from the baseline (1.50 to 1.50); its perplexity on 2 held-out demonstrations rose: 2.0 before, 4.0 now, x 2.00."
+        "The policy is 1.50 nats a reply from the baseline (1.50 to 1.50); its perplexity on 2 held-out demonstrations "
+        "rose: 2.0 before, 4.0 now, x 2.00."
     )
 
 
@@ -473,10 +644,17 @@ def test_the_report_says_all_and_quotes_replies_as_they_are(tmp_path: Path) -> N
     out.mkdir(parents=True)
     (run_dir / "data-report.md").write_text("# data")
     judged = judge([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [1.0, -1.0]], [[3, 5], [4, 4], [9, 2], [5, 1]])
-    (run_dir / "reward-model.json").write_text(json.dumps({"source": "machine-made", "loss_before": 0.9, "loss": 0.5, **asdict(judged)}))
-    steps = [{"step": i, "kl/per_rollout": 0.1 * i, "reward/mean": 0.2 * i} for i in range(20)]
+    (run_dir / "reward-model.json").write_text(
+        json.dumps({"source": "machine-made", "loss_before": 0.9, "loss": 0.5, **asdict(judged)})
+    )
+    steps = [
+        {"step": i, "kl/per_rollout": None if i % 5 else 0.1 * i, "reward/mean": 0.2 * i, "policy/grad_norm_max": 0.0}
+        for i in range(20)
+    ]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    found = result([1.0, 2.0, 3.0], run_dir, words=("a | b `code` *c*", "no\n# heading"), kl=4.0, best_of_n=4).evaluation
+    found = result(
+        [1.0, 2.0, 3.0], run_dir, words=("a | b `code` *c*", "no\n# heading"), kl=4.0, best_of_n=4
+    ).evaluation
     write(found, out, run_dir)
     report = (out / "report.md").read_text()
     for said in (
@@ -487,8 +665,11 @@ def test_the_report_says_all_and_quotes_replies_as_they_are(tmp_path: Path) -> N
         "| reward by the rule | +1.750 (0.750 to 2.750) | +2.000 (1.000 to 3.000) |",
         "| 4 | 0.64 | +2.500 (1.500 to 3.500) |",
         "| the policy | 4.00 | +2.000 (1.000 to 3.000) |",
+        "## Steps in which nothing was learned\n\nIn 20 of 20 steps the policy's gradient was 0, so no weight changed; "
+        "look at ",
         "The data, row by row: [data-report.md](../data-report.md).",
-        "comparisons that are machine-made. Of 4 held-out ones it is right on 75.0 % (95 % interval 30.1 to 95.4 %, 4 comparisons); loss 0.900",
+        "comparisons that are machine-made. Of 4 held-out ones it is right on 75.0 % (95 % interval 30.1 to 95.4 %, 4 "
+        "comparisons); loss 0.900",
         "| +7 to +7 | 1 | 100.0% (20.7% to 100.0%) | 100.0% |",
         "| ` prompt 0 ` | ` no # heading ` | `` a \\| b `code` *c* `` |",
     ):

@@ -12,7 +12,7 @@ import pytest
 
 from actors.config import RewardConfig, RolloutConfig, SamplingConfig
 from actors.experience import Prompts
-from pipeline.stages.preferences import SCHEMA, Comparer, rank, read_comparisons
+from pipeline.preparation.sampled_comparisons import SCHEMA, Comparer, rank, read_comparisons
 from pipeline.tasks.task import Comparison
 
 
@@ -31,17 +31,27 @@ def length(prompts: list[str], responses: list[str], metadata: list[dict[str, An
         (["a", "b"], [0.0, 0.0], [("a", 0.0)]),
     ],
 )
-def test_a_ranking_holds_what_the_rule_tells_apart(replies: list[str], scores: list[float], ranked: list[tuple[str, float]]) -> None:
+def test_a_ranking_holds_what_the_rule_tells_apart(
+    replies: list[str], scores: list[float], ranked: list[tuple[str, float]]
+) -> None:
     assert rank(replies, scores) == ranked
 
 
 def comparer(model: Path) -> Comparer:
     rule = RewardConfig(function="test_pipeline_preferences:length")
-    return Comparer(path=str(model), rollout=RolloutConfig(slots=8), sampling=SamplingConfig(max_new_tokens=6), reward=rule, seed=3)
+    return Comparer(
+        path=str(model), rollout=RolloutConfig(slots=8), sampling=SamplingConfig(max_new_tokens=6), reward=rule, seed=3
+    )
 
 
 def test_replies_are_ranked_by_the_rule_and_the_same_however_the_prompts_are_cut(tiny_model: Path) -> None:
-    prompts = Prompts.of({"group_id": [7, 8, 9], "tokens": pa.array([[65, 66], [67], [68, 69, 70]], pa.list_(pa.int32())), "metadata": ["{}"] * 3}).table
+    prompts = Prompts.of(
+        {
+            "group_id": [7, 8, 9],
+            "tokens": pa.array([[65, 66], [67], [68, 69, 70]], pa.list_(pa.int32())),
+            "metadata": ["{}"] * 3,
+        }
+    ).table
     made, table = comparer(tiny_model).compare(prompts, "train", 4, 0, 0)
     assert table.schema == SCHEMA
     assert (made.prompts, made.comparisons, made.failed) == (3, table.num_rows, 0)

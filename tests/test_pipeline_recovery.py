@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.faults import Fault, RunError
-from pipeline.recovery import decide
+from pipeline.loop.recovery import decide
 
 GANGS = ("policy", "critic")
 
@@ -17,7 +17,13 @@ GANGS = ("policy", "critic")
         ("policy[1]", Fault.WORKER_LOST, {"policy"}, True),
         ("critic[0]", Fault.PEER_LOST, {"critic"}, True),
         ("policy[0]", Fault.EXPIRED, {"policy"}, True),
-        ("policy[0]", Fault.INPUT_LOST, set(), True),  # the step's experience went down with its node; the learners live
+        # the step's experience went down with its node; the learners live
+        (
+            "policy[0]",
+            Fault.INPUT_LOST,
+            set(),
+            True,
+        ),
         ("rollout[0]", Fault.INPUT_LOST, set(), True),
         ("policy[0]", Fault.USER_ERROR, set(), False),
         ("reward[0]", Fault.WORKER_LOST, set(), False),  # a pool says this when it cannot replace any more
@@ -32,7 +38,10 @@ def test_what_is_rebuilt_and_what_stops(who: str, fault: Fault | None, rebuild: 
     assert bool(decision.stop) is not goes_on
 
 
-@pytest.mark.parametrize(("in_a_row", "stop"), [(0, ""), (1, ""), (2, "taken back 2 times in a row without a new commit (cluster.max_rebuilds = 2)")])
+@pytest.mark.parametrize(
+    ("in_a_row", "stop"),
+    [(0, ""), (1, ""), (2, "taken back 2 times in a row without a new commit (cluster.max_rebuilds = 2)")],
+)
 def test_failing_again_and_again_stops(in_a_row: int, stop: str) -> None:
     error = RunError("policy[0]", "update", "x", fault=Fault.WORKER_LOST)
     assert decide(error, gangs=GANGS, in_a_row=in_a_row, config=ClusterConfig(max_rebuilds=2)).stop == stop

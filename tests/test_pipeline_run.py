@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import re
 import shutil
 import subprocess
-import tempfile
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,31 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from actors.config import CriticConfig, LearnerConfig, ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig, TrainingConfig
+from actors.config import (
+    CriticConfig,
+    LearnerConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 from actors.experience import Experience
+from bfloat16 import NOT_EMULATED
 from cluster.config import ClusterConfig
+from cluster.imports import use_roots
 from cluster.session import Session
 from pipeline.algorithms.ppo import PPO
 from pipeline.cli import main
-from pipeline.config import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig, RunConfig, load, recipe_path
-from pipeline.run import Result, run_stages
-from run_helpers import await_log, both, command, environment
+from pipeline.config.recipe import load, recipe_path
+from pipeline.config.run_config import RunConfig
+from pipeline.config.sections import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig
+from pipeline.folder.run_folder import read_history
+from pipeline.report.result import Result
+from pipeline.run.start import resume, run_stages
+from readme_example import readme_example
+from run_helpers import assert_same, await_that, both, command, environment, says
+from tiny_models import save_gpt2
 
 pytestmark = pytest.mark.slow  # they share a run that takes half a minute
 
@@ -34,7 +51,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def walker(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that the others start from: a two-layer model fine-tuned on walks, then two steps of PPO with a reference."""
+    """The run that the others start from: a two-layer model fine-tuned on walks, then two steps of PPO with a
+    reference.
+    """
     run_dir = tmp_path_factory.mktemp("runs") / "walker"
     run_stages(recipe(), run_dir, Console(file=io.StringIO()))
     return run_dir
@@ -134,7 +153,22 @@ def test_the_self_checks_are_in_the_metrics(walker: Path) -> None:
 
 
 def test_processes_write_their_chatter_to_the_log_folder(walker: Path) -> None:
-    assert {"policy-0.log", "critic-0.log", "rollout-0.log", "reward-0.log", "reference-0.log"} <= {p.name for p in (walker / "log").iterdir()}
+    assert {"policy-0.log", "critic-0.log", "rollout-0.log", "reward-0.log", "reference-0.log"} <= {
+        p.name for p in (walker / "log").iterdir()
+    }
+
+
+def test_the_driver_log_tells_each_stage_phase_and_step_in_one_line(walker: Path) -> None:
+    lines = [line.split(" INFO ", 1)[1] for line in (walker / "log" / "driver.log").read_text().splitlines()]
+    for stage in ("sft", "rl", "evaluate"):
+        [told] = [line for line in lines if line.startswith(f"stage {stage} is done in ")]
+        assert json.loads(told.split(": ", 1)[1])
+    steps = len((walker / "metrics.jsonl").read_text().splitlines())
+    for step in range(steps):
+        [told] = [line for line in lines if line.startswith(f"step {step} is done: reward/mean ")]
+        assert all(f"{phase} " in told for phase in ("rollout", "evaluate", "assemble", "learn", "publish", "record"))
+        for phase in ("rollout", "evaluate", "learn", "publish"):
+            assert lines.count(f"reinforce {step + 1}/{steps}: {phase}") == 1
 
 
 def test_two_rollout_workers_give_the_samples_of_one_to_the_bit(walker: Path, tmp_path: Path) -> None:
@@ -144,17 +178,29 @@ def test_two_rollout_workers_give_the_samples_of_one_to_the_bit(walker: Path, tm
         assert experience(walker, step).table.equals(experience(tmp_path / "two", step).table)
 
 
-def test_heads_train_on_a_frozen_trunk_and_a_classifier_is_a_reward_and_where_a_critic_may_begin(walker: Path, tmp_path: Path) -> None:
+def test_heads_train_on_a_frozen_trunk_and_a_classifier_is_a_reward_and_where_a_critic_may_begin(
+    walker: Path, tmp_path: Path
+) -> None:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     tokenizer = AutoTokenizer.from_pretrained(walker / "finetuned")
-    shape = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    shape = GPT2Config(
+        vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2, num_labels=1, pad_token_id=tokenizer.pad_token_id
+    )
     judge = GPT2ForSequenceClassification(shape).eval()
     judge.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
-    heads, critic = LearnerConfig(learning_rate=1e-2, trainable="heads", zero_stage=0), CriticConfig(learning_rate=1e-3, start="reward")
-    run(from_walker(walker, policy=heads, critic=critic, reward=RewardConfig(model=str(tmp_path / "judge"))), tmp_path / "run")
-    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (walker / "finetuned", tmp_path / "run" / "policy"))
+    heads, critic = (
+        LearnerConfig(learning_rate=1e-2, trainable="heads", zero_stage=0),
+        CriticConfig(learning_rate=1e-3, start="reward"),
+    )
+    run(
+        from_walker(walker, policy=heads, critic=critic, reward=RewardConfig(model=str(tmp_path / "judge"))),
+        tmp_path / "run",
+    )
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(f) for f in (walker / "finetuned", tmp_path / "run" / "policy")
+    )
     assert torch.equal(before.transformer.h[0].mlp.c_fc.weight, after.transformer.h[0].mlp.c_fc.weight)
     assert torch.equal(before.transformer.wte.weight, after.transformer.wte.weight)
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
@@ -166,11 +212,16 @@ def test_heads_train_on_a_frozen_trunk_and_a_classifier_is_a_reward_and_where_a_
     assert values[-1] == pytest.approx(before_last, abs=1e-4)
 
 
+@NOT_EMULATED
 def test_bfloat16_throughout(walker: Path, tmp_path: Path) -> None:
-    config = from_walker(walker, **both(learning_rate=1e-3, dtype="bfloat16"), reference=ReferenceConfig(dtype="bfloat16"))
+    config = from_walker(
+        walker, **both(learning_rate=1e-3, dtype="bfloat16"), reference=ReferenceConfig(dtype="bfloat16")
+    )
     run(config.model_copy(update={"rollout": RolloutConfig(chunk_size=8, slots=8, dtype="bfloat16")}), tmp_path / "run")
     for m in metrics(tmp_path / "run"):
-        assert 0 < m["policy/logprob_gap_max"] < 0.5, "sampler and learner differ by bfloat16's rounding, and that is reported"
+        assert 0 < m["policy/logprob_gap_max"] < 0.5, (
+            "sampler and learner differ by bfloat16's rounding, and that is reported"
+        )
 
 
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -186,24 +237,25 @@ def test_in_the_folder_of_a_run_only_what_has_changed_is_done_again(walker: Path
     history = (again / "history.json").read_bytes()
     assert list(run(recipe(), again).stages) == ["sft", "rl", "evaluate"], "it is all there"
     assert (again / "history.json").read_bytes() == history, "so nothing was started"
-    written = {path: path.stat().st_mtime_ns for name in ("finetuned", "policy", "checkpoints") for path in (again / name).rglob("*")}
+    written = {
+        path: path.stat().st_mtime_ns
+        for name in ("finetuned", "policy", "checkpoints")
+        for path in (again / name).rglob("*")
+    }
     result = run(recipe(evaluation=EvaluationConfig(prompts=5)), again)
     assert result.evaluation is not None
     assert len(result.evaluation.replies) == 5
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert [path.name for path in (again / "superseded").iterdir()] == ["001-evaluate"]
-    assert (again / "superseded" / "001-evaluate" / "evaluation.json").read_bytes() == (walker / "evaluation.json").read_bytes()
+    assert (again / "superseded" / "001-evaluate" / "evaluation.json").read_bytes() == (
+        walker / "evaluation.json"
+    ).read_bytes()
 
 
 def test_evaluation_asks_every_heldout_prompt_once(walker: Path) -> None:
     evaluation = json.loads((walker / "evaluation.json").read_text())
     prompts = [pair["prompt"] for pair in evaluation["replies"]]
     assert len(set(prompts)) == len(prompts) == 10
-
-
-def test_the_evaluate_command_finds_in_a_run_what_the_run_found_to_the_bit(walker: Path) -> None:
-    assert main(["evaluate", str(walker)]) == 0
-    assert (walker / "evaluation-1" / "evaluation.json").read_bytes() == (walker / "evaluation.json").read_bytes()
 
 
 def test_ppo_learns_to_walk(ray_session: Session, tmp_path: Path) -> None:
@@ -214,52 +266,161 @@ def test_ppo_learns_to_walk(ray_session: Session, tmp_path: Path) -> None:
     assert result.evaluation.optimised.policy.mean > 0.75
 
 
-def test_the_whole_chain_by_the_command_line_killed_on_the_way(tmp_path: Path) -> None:
-    """The real entry point with the real data, minutes shorter than a user's: killed while the reward model trains, resumed to the end."""
-    run_dir, pipe = tmp_path / "run", subprocess.PIPE
-    small = ["--steps", "2", "--finetune.epochs", "1", "--batch.prompts", "16", "--evaluation.prompts", "12", "--model.width", "32", "--critic.start", "reward"]
-    start = [*command("quickstart"), *small, "--reward-model.epochs", "1", "--reward-model.checkpoint-every", "5", "--run-dir", str(run_dir)]
-    with subprocess.Popen(start, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
-        await_log(run_dir, "reward-model[0] ready", process, timeout_s=200)
-        process.kill()
-        out, _ = process.communicate(timeout=60)
+def stopped_once(has_begun: Callable[[], bool], *arguments: str) -> tuple[str, str]:
+    """What a command printed, and its last words, which was sent SIGTERM as soon as something had begun."""
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        await_that(has_begun, process)
+        process.terminate()
+        out, err = process.communicate(timeout=250)
+    assert process.returncode == 143, err
+    return out, err
+
+
+def test_the_whole_chain_by_the_command_line_is_stopped_while_it_compares_learns_to_judge_and_evaluates(
+    ray_session: Session, tmp_path: Path
+) -> None:
+    """The real entry point with the real data, minutes shorter than a user's: one run is stopped in three stages, which
+    no other test stops it in, and then an evaluation of it. To the bit it ends as one does that nothing happens to.
+    """
+    run_dir = tmp_path / "run"
+    small = "--steps 2 --finetune.epochs 1 --batch.prompts 16 --model.layers 1 --model.width 32 --critic.start reward"
+    shorter = "--sampling.max-new-tokens 16 --evaluation.prompts 12 --evaluation.samples 1 --evaluation.best-of 2"
+    reward_model = "--reward-model.epochs 1 --reward-model.checkpoint-every 2 --reward-model.samples 4"
+    log, learned, again = (
+        run_dir / "log" / "driver.log",
+        run_dir / "reward" / "metrics.jsonl",
+        f"; to go on: raylign resume {run_dir}\n",
+    )
+    start = ("quickstart", *small.split(), *shorter.split(), *reward_model.split(), "--run-dir", str(run_dir))
+    out, said = stopped_once(lambda: says(log, "comparer[0] ready"), *start)
     assert "fine-tune 1/1" in out
-    assert "machine-made comparisons: of the replies sampled to 455 prompts, pipeline.tasks.smalltalk:sentiment says which is better" in out
-    said = subprocess.run(command("resume", str(run_dir)), capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment())
-    assert said.returncode == 0, said.stderr[-3000:]
-    assert said.stderr == "", "nothing of Ray's or DeepSpeed's reaches the terminal"
-    assert "fine-tune" not in said.stdout, "that was done"
-    for line in ("reward model: right on", "reinforce 2/2", "12 held-out prompts", "win rate by the rule", "best-of-", "saved in", "try next"):
-        assert line in said.stdout, line
+    assert said == f"raylign: stopped by SIGTERM during 'compare sampled replies' (kept: fine-tuning){again}"
+
+    out, said = stopped_once(lambda: says(learned, '"updates": 2'), "resume", str(run_dir))
+    assert "fine-tune" not in out, "that was done"
+    assert "machine-made comparisons: of the replies sampled to 455 prompts, pipeline.tasks.smalltalk:sentiment" in out
+    told = re.fullmatch(
+        r"raylign: stopped by SIGTERM after update (\d+) of (\d+) of 'train the reward model', which is checkpointed"
+        r"(.*\n)",
+        said,
+    )
+    assert told and int(told[1]) < int(told[2]) and told[3] == again, said
+
+    out, said = stopped_once(lambda: says(log, "examiner[0] ready"), "resume", str(run_dir))
+    assert "compare" not in out, "that was done"
+    assert "reward model: right on" in out and "reinforce 2/2" in out
+    kept = "fine-tuning, reward model, reinforcement learning"
+    assert said == f"raylign: stopped by SIGTERM during 'evaluate' (kept: {kept}){again}"
+
+    end = subprocess.run(
+        command("resume", str(run_dir)), capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment()
+    )
+    assert (end.returncode, end.stderr) == (0, ""), "nothing of Ray's or DeepSpeed's reaches the terminal"
+    for line in ("12 held-out prompts", "win rate by the rule", "best-of-", "saved in", "try next"):
+        assert line in end.stdout, line
     assert AutoTokenizer.from_pretrained(run_dir / "policy").eos_token == "<|endoftext|>"
     assert AutoModelForSequenceClassification.from_pretrained(run_dir / "reward-model").config.num_labels == 1
-    report = (run_dir / "report.md").read_text()
-    assert "comparisons that are machine-made" in report
+    assert "comparisons that are machine-made" in (run_dir / "report.md").read_text()
     assert {path.stem for path in (run_dir / "stages").iterdir()} == {"sft", "reward", "rl", "evaluate"}
 
+    apart = run_dir / "evaluation-1"
+    _, said = stopped_once(lambda: says(apart / "log" / "driver.log", "examiner[0] ready"), "evaluate", str(run_dir))
+    assert said == (
+        "raylign: stopped by SIGTERM during 'evaluate'; nothing of it is kept, and the same command begins it again\n"
+    )
+    assert [path.name for path in apart.iterdir()] == ["log"]
+    assert main(["evaluate", str(run_dir)]) == 0
+    assert (apart / "evaluation.json").read_bytes() == (run_dir / "evaluation.json").read_bytes()
 
-def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
-    short = Path(tempfile.mkdtemp(prefix="st-", dir="/tmp"))  # sockets lie in it, and their names must be short
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command("run", "walks", "--run-dir", str(tmp_path / "run")),
-        cwd=ROOT,
-        env=without_ray() | {"RAY_TMPDIR": str(short)},
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert "fine-tune" in process.stdout.readline()
-        process.terminate()
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert err == ""
-    assert (tmp_path / "run" / "log" / "ray").is_dir()
-    assert not list(short.glob("raylign-*"))
-    short.rmdir()
+    undisturbed = as_fine_tuned(run_dir, tmp_path / "undisturbed")
+    assert resume(load(run_dir / "config.toml"), undisturbed, (), Console(file=io.StringIO())) is not None
+    assert_same(run_dir, undisturbed)
+    for name in ("comparisons.parquet", "reward-model/model.safetensors", "reward-model.json"):
+        assert (run_dir / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
-def without_ray() -> dict[str, str]:
-    """The environment of a user who has no Ray running."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+def as_fine_tuned(run_dir: Path, copy: Path) -> Path:
+    """A copy of a run as it was when its first stage was done."""
+    (copy / "stages").mkdir(parents=True)
+    for name in ("config.toml", "history.json", "stages/sft.json"):
+        shutil.copy(run_dir / name, copy / name)
+    shutil.copytree(run_dir / "finetuned", copy / "finetuned")
+    return copy
+
+
+PROMPTS_ALONE = """
+task = "files"
+steps = 1
+data = { prompts = "prompts.jsonl" }
+model = { path = "model" }
+reward = { function = "mine:length" }
+algorithm = { name = "my_algorithms:Raft", margin = 0.5 }
+batch = { prompts = 4, group_size = 2, epochs = 1 }
+sampling = { max_new_tokens = 4 }
+evaluation = { prompts = 4, samples = 1, best_of = 2 }
+policy = { learning_rate = 1e-3, schedule = "constant" }
+cluster = { cpus_per_bundle = 1 }
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A user's folder: prompts, a reward function, an algorithm, a model whose generation settings transformers would
+    not write, and packages called as ours are.
+    """
+    folder = tmp_path / "theirs"
+    for name in ("actors", "cluster", "pipeline"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("raise RuntimeError('not meant')")
+    save_gpt2(folder / "model", width=16, context=32)
+    (folder / "model" / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 256}')
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "Say {number}:"}}\n' for number in range(30)))
+    (folder / "mine.py").write_text(
+        "def length(prompts, responses, metadata):\n    return [float(len(set(text))) for text in responses]\n"
+    )
+    (folder / "my_algorithms.py").write_text(readme_example())
+    (folder / "mine.toml").write_text(PROMPTS_ALONE)
+    return folder
+
+
+def test_prompts_a_reward_and_an_algorithm_run_to_the_end_and_the_run_is_extended_from_elsewhere(
+    ray_session: Session, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step and one more, at a constant rate, are two at once: to the bit, though a file of the model that changes
+    no token was mended meanwhile.
+    """
+    run_dir, installed = tmp_path / "run", str(Path(sys.executable).with_name("raylign"))
+
+    def raylign(*arguments: str, cwd: Path) -> str:
+        users = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+        said = subprocess.run([installed, *arguments], cwd=cwd, env=users, capture_output=True, text=True, timeout=280)
+        assert (said.returncode, said.stderr) == (0, ""), said.stdout[-2000:] + said.stderr[-2000:]
+        return said.stdout
+
+    told = raylign("run", "mine.toml", "--run-dir", str(run_dir), "--algorithm.margin", "0.25", cwd=theirs)
+    assert "is exported as it is, though transformers would not write it: `temperature`" in told
+    assert "Left out: perplexity (there are no held-out demonstrations)." in told
+    assert "Left out: perplexity" in (run_dir / "report.md").read_text()
+    assert json.loads((run_dir / "policy" / "generation_config.json").read_text())["temperature"] == 0.6
+    epoch = read_history(run_dir)[0]
+    assert epoch.roots[0] == str(theirs)
+    assert {name: file.name for name, file in epoch.code.items()} == {
+        "mine:length": str(theirs / "mine.py"),
+        "my_algorithms:Raft": str(theirs / "my_algorithms.py"),
+    }
+    assert {"name": "my_algorithms:Raft", "margin": 0.25}.items() <= epoch.config["algorithm"].items()
+    (theirs / "model" / "generation_config.json").write_text('{"eos_token_id": [256]}')
+    told = raylign("resume", str(run_dir), "--steps", "2", cwd=tmp_path)
+    assert "changed: steps: 1 -> 2" in told
+    assert "resumed from commit step=00000001-epoch=0001" in told
+    assert [path.name for path in (run_dir / "superseded").iterdir()] == ["001-evaluate"]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("cluster.imports._roots", [])
+    use_roots([str(theirs)])
+    config = load(run_dir / "config.toml")
+    assert (config.data.prompts, config.steps) == (str(theirs / "prompts.jsonl"), 2)
+    run(config, tmp_path / "at once")
+    assert_same(run_dir, tmp_path / "at once")

@@ -37,8 +37,13 @@ def slow(shaping: ShapingConfig, score: float, stopped: bool, length: int, longe
     st.sampled_from([0, 1, 7, 20]),
 )
 def test_scores_equal_the_loop(rows: list[tuple[float, bool, int]], clip: float, missing: Any, overlong: int) -> None:
-    shaping = ShapingConfig(clip=clip, missing_eos=missing, eos_penalty=-1.5, overlong_tokens=overlong, overlong_penalty=0.5)
-    scores, stopped, lengths = (torch.tensor([row[i] for row in rows], dtype=kind) for i, kind in enumerate((torch.float64, torch.bool, torch.int64)))
+    shaping = ShapingConfig(
+        clip=clip, missing_eos=missing, eos_penalty=-1.5, overlong_tokens=overlong, overlong_penalty=0.5
+    )
+    scores, stopped, lengths = (
+        torch.tensor([row[i] for row in rows], dtype=kind)
+        for i, kind in enumerate((torch.float64, torch.bool, torch.int64))
+    )
     expected = [slow(shaping, *row, 20) for row in rows]
     assert shape_scores(shaping, scores, stopped, lengths, 20).tolist() == pytest.approx(expected)
 
@@ -46,7 +51,9 @@ def test_scores_equal_the_loop(rows: list[tuple[float, bool, int]], clip: float,
 def test_the_soft_penalty_is_the_papers() -> None:
     """Yu et al. 2025, eq. 13, with their 16384 tokens of expected length and a cache of 4096."""
     lengths = torch.tensor([100, 16384, 18432, 20480, 20481])
-    out = shape_scores(ShapingConfig(overlong_tokens=4096), torch.zeros(5), torch.ones(5, dtype=torch.bool), lengths, 20480)
+    out = shape_scores(
+        ShapingConfig(overlong_tokens=4096), torch.zeros(5), torch.ones(5, dtype=torch.bool), lengths, 20480
+    )
     assert out.tolist() == [0, 0, -0.5, -1, -1]
 
 
@@ -58,7 +65,10 @@ def test_nothing_is_done_unless_it_is_asked_for() -> None:
 
 def test_scores_stay_float32() -> None:
     shaping = ShapingConfig(clip=1, missing_eos="replace", overlong_tokens=3)
-    assert shape_scores(shaping, torch.ones(2), torch.tensor([False, True]), torch.tensor([2, 9]), 9).dtype == torch.float32
+    assert (
+        shape_scores(shaping, torch.ones(2), torch.tensor([False, True]), torch.tensor([2, 9]), 9).dtype
+        == torch.float32
+    )
 
 
 def test_whitening_golden() -> None:
@@ -67,5 +77,7 @@ def test_whitening_golden() -> None:
     mask = torch.tensor([[True, True, True, False]] * 3)
     out = shape_token_rewards(ShapingConfig(whiten="scale"), rewards, mask)
     assert np.round([out[0, 0].item(), out[2, 2].item()], 4).tolist() == [0.1394, 3.0606]
-    assert shape_token_rewards(ShapingConfig(whiten="shift"), rewards, mask)[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert shape_token_rewards(ShapingConfig(whiten="shift"), rewards, mask)[mask].mean().item() == pytest.approx(
+        0, abs=1e-6
+    )
     assert out[:, 3].tolist() == [0, 0, 0]

@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.model import load_tokenizer
-from actors.reward import load_function
-from pipeline.observe.text import distinct_n, words
+from actors.models.text import TextCodec
+from actors.models.tokenizer import load_tokenizer
+from actors.reward.worker import load_function
+from pipeline.data.registry import TASKS, load_task
+from pipeline.encoding.prompt_stream import PromptStream, permutation
+from pipeline.encoding.tables import demonstration_ids
 from pipeline.tasks import smalltalk, walks
 from pipeline.tasks.smalltalk import SmallTalk, sentiment
-from pipeline.tasks.task import TASKS, Demonstration, PromptStream, PromptText, Task, encode_demonstration, load_task, permutation
+from pipeline.tasks.task import SPLITS, Demonstration, PromptText, Task
+from pipeline.tasks.text_measures import distinct_n, words
 from pipeline.tasks.tokenizers import END, PAD, character_tokenizer, train_byte_bpe
 from pipeline.tasks.walks import RandomWalks, optimality
 
@@ -63,9 +67,11 @@ def test_task_is_whole(name: str, tokenizers: dict[str, Any]) -> None:
         prompts, demonstrations = task.prompts(split), task.demonstrations(split)
         assert len({prompt.text for prompt in prompts}) == len(prompts) > 0
         assert json.loads(json.dumps(prompts[0].metadata)) == prompts[0].metadata
-        scores = reward([d.prompt for d in demonstrations], [d.response for d in demonstrations], [{}] * len(demonstrations))
+        scores = reward(
+            [d.prompt for d in demonstrations], [d.response for d in demonstrations], [{}] * len(demonstrations)
+        )
         assert len(scores) == len(demonstrations) and np.isfinite(scores).all() and np.abs(scores).max() <= 1
-        prompt, response = encode_demonstration(demonstrations[0], tokenizer)
+        [(prompt, response)] = demonstration_ids(demonstrations[:1], TextCodec(tokenizer))
         assert tokenizer.decode(prompt) == demonstrations[0].prompt
         assert tokenizer.decode(response) == demonstrations[0].response + END
     assert task.prompts("train") == load_task(name).prompts("train")
@@ -81,10 +87,37 @@ def test_tokenizer_keeps_end_and_padding_apart_and_loses_nothing(name: str, toke
         assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_text_has_the_tokens_that_the_tokenizer_itself_gives_it(name: str, tokenizers: dict[str, Any]) -> None:
+    """A tokenizer that puts nothing before a text and loses nothing needs no help, so tables, samples and rewards of
+    these tasks are what they always were.
+    """
+    tokenizer, codec = tokenizers[name], TextCodec(tokenizers[name])
+    shown = [demonstration for split in SPLITS for demonstration in load_task(name).demonstrations(split)]
+    prompts, replies = [d.prompt for d in shown], [d.response for d in shown]
+
+    def ids(texts: list[str]) -> Any:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    assert codec.encode_prompts(prompts) == ids(prompts)
+    assert codec.encode_replies(replies) == ids(replies)
+    assert codec.encode_judged(prompts, replies) == ids([d.prompt + d.response for d in shown])
+    assert (codec.decode_prompts(ids(prompts)), codec.decode_replies(ids(replies))) == (prompts, replies)
+    rng = np.random.default_rng(0)
+    sampled = [rng.integers(0, len(tokenizer) + 5, size) for size in range(1, 40)]
+    plain = [[token for token in row.tolist() if token < len(tokenizer)] for row in sampled]
+    assert codec.decode_replies(sampled) == tokenizer.batch_decode(
+        plain, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
 def test_tasks_are_known_by_name_or_import_path() -> None:
     assert isinstance(load_task("walks"), RandomWalks)
     assert isinstance(load_task("pipeline.tasks.smalltalk:SmallTalk"), SmallTalk)
-    with pytest.raises(ValueError, match=r"task: must be one of smalltalk, walks, files or an import path .*, got 'walk'"):
+    with pytest.raises(
+        ValueError,
+        match=r"task: must be one of smalltalk, walks, world, .*, files or an .*, got 'walk'",
+    ):
         load_task("walk")
     with pytest.raises(ValueError, match=r"task: must be importable, got 'no_such_module:Task'"):
         load_task("no_such_module:Task")
@@ -93,8 +126,18 @@ def test_tasks_are_known_by_name_or_import_path() -> None:
 
 
 def test_tasks_are_found_without_torch_or_ray() -> None:
-    code = "import sys; from pipeline.tasks.task import *; [load_task(t) for t in TASKS]; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=Path(__file__).parents[1])
+    code = (
+        "import sys; from pipeline.data.registry import *; [load_task(t) for t in TASKS]; print({'torch', 'ray', "
+        "'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.stdout.strip() == "set()"
 
 
@@ -103,7 +146,9 @@ def test_tasks_are_found_without_torch_or_ray() -> None:
 
 def stream(prompts: list[str], tokenizer: Any, **limits: int) -> PromptStream:
     texts = [PromptText(text=text, metadata={"text": text}) for text in prompts]
-    return PromptStream(texts, tokenizer, **{"seed": 0, "max_prompt_tokens": 8, "context": 32, "max_new_tokens": 8, **limits})
+    return PromptStream(
+        texts, TextCodec(tokenizer), **{"seed": 0, "max_prompt_tokens": 8, "context": 32, "max_new_tokens": 8, **limits}
+    )
 
 
 def drawn(prompts: PromptStream, groups: range) -> list[str]:
@@ -146,10 +191,17 @@ def test_drawn_prompts_carry_group_id_tokens_and_metadata(tokenizers: dict[str, 
         ([], {}, "task: must have at least one prompt, got none"),
         (["b", ""], {}, "prompt 1 must have at least 1 token, got 0"),
         (["b", "bcdefghij"], {}, r"batch.max_prompt_tokens: prompt 1 must have at most 8 tokens, got 9"),
-        (["bcdef"], {"context": 12}, r"prompt 0 must leave room for 8 new tokens in the model's context of 12, got 5 prompt tokens; set it to at most 7"),
+        (
+            ["bcdef"],
+            {"context": 12},
+            r"prompt 0 must leave room for 8 new tokens in the model's context of 12, got 5 prompt tokens; set it to "
+            r"at most 7",
+        ),
     ],
 )
-def test_prompts_that_do_not_fit_are_named(prompts: list[str], limits: dict[str, int], message: str, tokenizers: dict[str, Any]) -> None:
+def test_prompts_that_do_not_fit_are_named(
+    prompts: list[str], limits: dict[str, int], message: str, tokenizers: dict[str, Any]
+) -> None:
     with pytest.raises(ValueError, match=message):
         stream(prompts, tokenizers["walks"], **limits)
 
@@ -188,7 +240,9 @@ def test_corpus_is_split_by_prompt() -> None:
     assert not train & heldout
     assert len(SmallTalk().prompts("heldout")) >= 100
     assert len(pairs["train"]) > 500
-    assert {smalltalk.split_of(prompt) for prompt in ("Are you sad", "are you sad?", "ARE YOU SAD!")} == {smalltalk.split_of("Are you sad")}
+    assert {smalltalk._split_by_words(prompt) for prompt in ("Are you sad", "are you sad?", "ARE YOU SAD!")} == {
+        smalltalk._split_by_words("Are you sad")
+    }
 
 
 def test_every_pair_is_kept_or_counted() -> None:
@@ -196,7 +250,9 @@ def test_every_pair_is_kept_or_counted() -> None:
     kept = sum(len(pairs) for pairs in corpus.pairs.values())
     assert kept + sum(corpus.dropped.values()) == len(smalltalk._raw_pairs()) == 812
     lines = [line for pairs in corpus.pairs.values() for pair in pairs for line in pair]
-    assert all(line == " ".join(line.split()) and words(line) and len(line) <= smalltalk.MAX_CHARACTERS for line in lines)
+    assert all(
+        line == " ".join(line.split()) and words(line) and len(line) <= smalltalk.MAX_CHARACTERS for line in lines
+    )
     assert max(Counter(pair for pairs in corpus.pairs.values() for pair in pairs).values()) == 1
 
 
@@ -327,7 +383,9 @@ def test_every_shortest_way_is_worth_one() -> None:
     for start in range(1, walks.NODES):
         way = [start]
         while way[-1] != 0:
-            way.append(next(v for v in range(walks.NODES) if edges[way[-1], v] and shortest[v] == shortest[way[-1]] - 1))
+            way.append(
+                next(v for v in range(walks.NODES) if edges[way[-1], v] and shortest[v] == shortest[way[-1]] - 1)
+            )
         text = "".join(walks.LETTERS[node] for node in way)
         assert optimality([text[0]], [text[1:]], [{}]) == [1.0]
 
@@ -340,5 +398,7 @@ def test_optimality_of_walks_made_by_hand() -> None:
 
 def test_random_walks_score_in_the_middle() -> None:
     """What a model that imitates perfectly would reach, and reinforcement learning has to beat."""
-    scores = optimality([walk[0] for walk in walks.walks()["train"]], [walk[1:] for walk in walks.walks()["train"]], [{}] * 1000)
+    scores = optimality(
+        [walk[0] for walk in walks.walks()["train"]], [walk[1:] for walk in walks.walks()["train"]], [{}] * 1000
+    )
     assert np.mean(scores) == pytest.approx(0.790, abs=0.001)

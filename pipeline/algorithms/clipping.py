@@ -1,4 +1,7 @@
-"""The clipped surrogate as a base class, for every algorithm that takes several updates a step. Which paper says what: see losses.py."""
+"""The clipped surrogate as a base class, for every algorithm that takes several updates a step.
+
+Papers are in losses.py.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,26 @@ if TYPE_CHECKING:
 
 
 class Clipped(Algorithm):
-    """Loss max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) with r = pi / pi_proximal. At r = 1 its gradient is the plain one."""
+    """Loss max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) with r = pi / pi_proximal.
+
+    At r = 1 its gradient is the plain one.
+    """
 
     ratio: Literal["token", "sequence"] = "token"
-    """What is clipped: each token's own ratio, or the rollout's, length-normalised (GSPO, Zheng et al. 2025, with bounds near 3e-4)."""
+    """The ratio that is clipped: token or sequence.
+
+    token: each token's own. sequence: the rollout's, length-normalised (GSPO, Zheng et al. 2025, with bounds near
+    3e-4).
+    """
 
     clip_low: float = Field(default=0.2, ge=0, le=1)
-    """The ratio earns nothing below 1 - clip_low."""
+    """A ratio below 1 - clip_low gains nothing further."""
 
     clip_high: float = Field(default=0.2, ge=0)
-    """The ratio earns nothing above 1 + clip_high (DAPO uses more than clip_low, Yu et al. 2025)."""
+    """A ratio above 1 + clip_high gains nothing further; DAPO uses more than clip_low (Yu et al. 2025)."""
 
     dual_clip: float = Field(default=0.0, ge=0)
-    """Where the advantage is negative, the ratio costs no more than this; 3 is usual (Ye et al. 2020). 0: no limit."""
+    """Largest ratio that counts where the advantage is negative; 3 is usual (Ye et al. 2020). 0: no limit."""
 
     def surrogate(self, logprobs: Tensor, batch: ActionTokens) -> losses.Loss:
         log_ratio = logprobs - batch.proximal_logprobs
@@ -40,5 +50,6 @@ class Clipped(Algorithm):
         super().rules()
         if self.dual_clip and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(
-                f"algorithm.dual_clip: must be above 1 + algorithm.clip_high = {1 + self.clip_high:g}, got {self.dual_clip:g}; 3 is usual, 0 turns it off"
+                f"algorithm.dual_clip: must be above 1 + algorithm.clip_high = {1 + self.clip_high:g}, got "
+                f"{self.dual_clip:g}; 3 is usual, 0 turns it off"
             )

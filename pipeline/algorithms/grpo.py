@@ -1,12 +1,15 @@
-"""Group relative policy optimisation. Shao et al. 2024, "DeepSeekMath"; without std Liu et al. 2025, "Understanding R1-Zero-Like Training" (Dr. GRPO).
+"""Group relative policy optimisation.
+
+Shao et al. 2024, "DeepSeekMath"; without std Liu et al. 2025, "Understanding R1-Zero-Like Training" (Dr. GRPO).
 
     A_i = (R_i - mean_group R) / (std_group R + 1e-6)        std = true
     A_i =  R_i - mean_group R                                std = false
 
-with the clipped surrogate and beta k3 in the loss. Where camps differ: the paper averages over each rollout first (`sequence_mean`, the default
-here), DAPO over all tokens (`token_mean`); Dr. GRPO divides by a constant, since both of the paper's divisions, by length and by std, weigh prompts and
-rollouts unequally: `std = false` with `aggregation = "constant"`. The deviation is the unbiased one. A group of one has A = 0, and so has one whose
-returns are all equal, to the bit. With two samples and no std A is half of RLOO's.
+with the clipped surrogate and beta k3 in the loss. Where camps differ: the paper averages over each rollout first
+(`sequence_mean`, the default here), DAPO over all tokens (`token_mean`); Dr. GRPO divides by a constant, since both of
+the paper's divisions, by length and by std, weigh prompts and rollouts unequally: `std = false` with `aggregation =
+"constant"`. The deviation is the unbiased one. A group of one has A = 0, and so has one whose returns are all equal, to
+the bit. With two samples and no std A is half of RLOO's.
 """
 
 from __future__ import annotations
@@ -24,14 +27,17 @@ EPSILON = 1e-6
 class GRPO(Clipped):
     """Each sample against the mean, and in units of the spread, of its prompt's samples."""
 
-    name: Literal["grpo"] = "grpo"
+    name: str = "grpo"
     """Group relative policy optimisation."""
 
     std: bool = True
     """Divide by the group's standard deviation; false is Dr. GRPO."""
 
     kl_in: Literal["reward", "loss"] = "loss"
-    """Where the KL penalty stands: in the policy's loss, as in the paper, or in the token rewards, where it is part of what the group compares."""
+    """Place of the KL penalty: loss or reward.
+
+    loss: in the policy's loss, as in the paper. reward: in the token rewards, which the group compares.
+    """
 
     kl_estimator: KLEstimator = "k3"
     """KL_t of a sampled token: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d, with d = log pi - log pi_ref."""
@@ -40,8 +46,12 @@ class GRPO(Clipped):
     """Shift and scale the step's advantages to mean 0 and variance 1 over all action tokens."""
 
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "sequence_mean"
-    """What a minibatch's token losses are divided by: their number (DAPO), the rollout's length and then the number of rollouts (GRPO),
-    or the number of rollouts times sampling.max_new_tokens, which favours no length (Dr. GRPO)."""
+    """Normaliser of the token losses of a minibatch: token_mean, sequence_mean, or constant.
+
+    token_mean: the number of tokens (DAPO). sequence_mean: the rollout's length, then the number of rollouts (GRPO).
+    constant: the number of rollouts times sampling.max_new_tokens, which favours no length (Dr. GRPO); in conversations
+    also times environment.max_turns.
+    """
 
     @property
     def min_group_size(self) -> int:

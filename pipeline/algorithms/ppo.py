@@ -10,7 +10,7 @@ critic's learning rate plays that part.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 class PPO(Clipped):
     """Clipped surrogate with a critic and generalised advantage estimation."""
 
-    name: Literal["ppo"] = "ppo"
+    name: str = "ppo"
     """Proximal policy optimisation."""
 
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount per token."""
+    """Discount per action token; tokens of the environment do not count, and returns cross turns."""
 
     lam: float = Field(default=0.95, ge=0, le=1)
     """GAE's lambda: 0 trusts the critic alone, 1 the sampled return alone."""
@@ -45,7 +45,9 @@ class PPO(Clipped):
         return True
 
     def advantages(self, batch: Trajectories) -> Advantages:
-        advantages, returns = gae(batch.rewards, batch.values, batch.mask, gamma=self.gamma, lam=self.lam)
+        advantages, returns = gae(
+            batch.bootstrapped(self.gamma), batch.values, batch.mask, gamma=self.gamma, lam=self.lam
+        )
         return Advantages(advantages=advantages, returns=returns)
 
     def value_loss(self, values: Tensor, batch: ActionTokens) -> losses.Loss:

@@ -8,8 +8,6 @@ without correction. Whitening the returns (on by default) takes the batch mean a
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from pipeline.algorithms.base import Advantages, Algorithm, Trajectories
@@ -19,11 +17,11 @@ from pipeline.algorithms.estimators import discounted_returns
 class Reinforce(Algorithm):
     """Log-probability times reward to go."""
 
-    name: Literal["reinforce"] = "reinforce"
+    name: str = "reinforce"
     """Plain policy gradient."""
 
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount per token."""
+    """Discount per action token; tokens of the environment do not count, and returns cross turns."""
 
     def advantages(self, batch: Trajectories) -> Advantages:
         returns = discounted_returns(batch.rewards, batch.mask, gamma=self.gamma)

@@ -1,1 +1,1 @@
-"""From files of human preferences to tables a learner reads; nothing is dropped without being counted and named by its line."""
+"""Files of human preferences as a task; every row that is left out is counted and named by its line."""

@@ -1,4 +1,4 @@
-"""A source to its checked rows, and the account of those that were left out: every row read is kept, a duplicate, or a problem with its line."""
+"""A source as checked rows: every row that is read is kept, or becomes a problem with its line."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from pipeline.data.config import DataConfig, Kind
-from pipeline.data.exchange import Exchange, Form, exchange_of, form_of, wanted
-from pipeline.data.problems import DUPLICATE, DataError, Problem, RowError
+from pipeline.data.exchange import Exchange, Form, exchange_of, form_of, wanted, with_own_columns
+from pipeline.data.problems import DUPLICATE, NO_FAULT, Problem, RowError
 from pipeline.data.reader import Row, read
 from pipeline.data.sources import find
+from pipeline.tasks.task import DataError
 
-LOOK = 64  # rows by which the form of a source is told
+LOOK = 64  # first rows, which decide the form of a source
 _SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """The rows of a source in the order of its files, and what was left out. read: rows and unreadable lines, per file."""
+class LoadedSource:
+    """The rows of a source, in the order of its files. read: file -> number of rows and unreadable lines."""
 
     kind: Kind
     form: Form
@@ -28,14 +29,22 @@ class Loaded:
     read: dict[str, int]
 
 
-def load(kind: Kind, source: str, data: DataConfig) -> Loaded:
-    """Read and check a source. Raises DataError when it cannot be read, has no usable row, or more faulty ones than data.max_excluded."""
+def load(kind: Kind, source: str, data: DataConfig) -> LoadedSource:
+    """Read and check a source.
+
+    Raises DataError when it cannot be read, has no usable row, or more faulty ones than data.max_excluded.
+    """
     columns = data.columns
-    names = (columns.prompt, columns.response, columns.messages, columns.chosen, columns.rejected, columns.ranking, columns.margin, columns.text)
     files = find(source, f"data.{kind}")
-    found = chain.from_iterable(read(file, wanted(kind, columns), names, data.max_rows) for file in files)
+    rows = chain.from_iterable(
+        read(file, wanted(kind, columns), (columns.messages, columns.ranking, columns.margin), data.max_rows)
+        for file in files
+    )
+    found = (with_own_columns(row, columns) if isinstance(row, Row) else row for row in rows)
     first = list(islice(found, LOOK))
-    form: Form = form_of((row for row in first if isinstance(row, Row)), kind, columns) if data.format == "auto" else data.format
+    form: Form = (
+        form_of((row for row in first if isinstance(row, Row)), kind, columns) if data.format == "auto" else data.format
+    )
     counted: Counter[str] = Counter()
     exchanges: list[Exchange] = []
     problems: list[Problem] = []
@@ -45,7 +54,9 @@ def load(kind: Kind, source: str, data: DataConfig) -> Loaded:
             problems.append(result)
         else:
             exchanges.append(result)
-    loaded = Loaded(kind=kind, form=form, exchanges=tuple(exchanges), problems=tuple(problems), read=dict(counted))
+    loaded = LoadedSource(
+        kind=kind, form=form, exchanges=tuple(exchanges), problems=tuple(problems), read=dict(counted)
+    )
     check_share(source, loaded, data.max_excluded)
     return loaded
 
@@ -62,7 +73,10 @@ def _checked(rows: Iterable[Row | Problem], kind: Kind, form: Form, data: DataCo
 
 
 def _without_duplicates(found: Iterable[Exchange | Problem]) -> Iterator[Exchange | Problem]:
-    """The first of rows that say the same. A row that prefers the same replies the other way round is kept, with a remark: people do disagree."""
+    """Keep the first of equal rows.
+
+    A row that prefers the same replies the other way round is kept, with a remark: people disagree.
+    """
     seen: dict[tuple[object, ...], Exchange] = {}
     for row in found:
         if isinstance(row, Problem):
@@ -70,7 +84,13 @@ def _without_duplicates(found: Iterable[Exchange | Problem]) -> Iterator[Exchang
             continue
         before = seen.get((row.prompt, row.replies))
         if before is not None:
-            yield Problem(source=row.source, line=row.line, kind=DUPLICATE, detail=f"of line {before.line} of {before.source}")
+            but = "" if row.metadata == before.metadata else ", whose other columns differ from this row's and are used"
+            yield Problem(
+                source=row.source,
+                line=row.line,
+                kind=DUPLICATE,
+                detail=f"of line {before.line} of {before.source}{but}",
+            )
             continue
         seen[row.prompt, row.replies] = row
         if len(row.replies) > 1 and (row.prompt, row.replies[::-1]) in seen:
@@ -78,18 +98,24 @@ def _without_duplicates(found: Iterable[Exchange | Problem]) -> Iterator[Exchang
         yield row
 
 
-def check_share(source: str, loaded: Loaded, limit: float) -> None:
+def check_share(source: str, loaded: LoadedSource, limit: float) -> None:
     """Raises DataError when a source has no usable row, or when more than `limit` of its rows are faulty."""
-    faults = [problem for problem in loaded.problems if problem.kind != DUPLICATE]
+    faults = [problem for problem in loaded.problems if problem.kind not in NO_FAULT]
     rows = sum(loaded.read.values())
     if loaded.exchanges and len(faults) <= limit * rows:
         return
-    kinds = Counter(problem.kind for problem in faults)
-    found = "; ".join(f"{count} x {kind} ({_lines([p for p in faults if p.kind == kind])})" for kind, count in kinds.most_common())
+    listed = faults if loaded.exchanges else loaded.problems
+    kinds = Counter(problem.kind for problem in listed)
+    found = "; ".join(
+        f"{count} x {kind} ({_lines([p for p in listed if p.kind == kind])})" for kind, count in kinds.most_common()
+    )
     if not loaded.exchanges:
-        raise DataError(f"data.{loaded.kind}: {source!r} must have at least one usable row, got none of {rows}: {found}")
+        raise DataError(
+            f"data.{loaded.kind}: {source!r} must have at least one usable row, got none of {rows}: {found}"
+        )
     raise DataError(
-        f"data.max_excluded: at most {limit:g} of the rows of {source!r} may be faulty, got {len(faults)} of {rows}, read as {loaded.form}: {found}; "
+        f"data.max_excluded: at most {limit:g} of the rows of {source!r} may be faulty, got {len(faults)} of {rows}, "
+        f"read as {loaded.form}: {found}; "
         "mend them, map data.columns, or raise the limit"
     )
 

@@ -1,8 +1,13 @@
-"""What can be wrong with a row, by name. A row with a problem is left out, counted and listed; one with a remark is kept and counted."""
+"""The names of what can be wrong with a row.
+
+A row with a problem is left out, counted and listed; one with a remark is kept and counted.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pipeline.tasks.task import DataError
 
 PROBLEMS: dict[str, str] = {
     "not UTF-8": "the line is in another encoding",
@@ -30,20 +35,26 @@ PROBLEMS: dict[str, str] = {
     "identical pair": "both replies are the same",
     "equal replies": "two replies of a ranking are the same",
     "ranking of one": "a ranking of fewer than two replies compares nothing",
-    "bad margin": "the margin is not a finite number >= 0",
+    "bad margin": "the margin is not a number from 0 to 1,000,000",
+    "broken CSV": "the line has more or fewer cells than the first, or its quotes do not fit",
+    "tool use": "a message calls a tool or is a tool's answer, which cannot be laid out as text",
+    "other media": "a part of a message is an image, a sound or a file",
 }
-DUPLICATE = "duplicate"  # of an earlier row: left out, but no fault
+TOOLS, MEDIA = "tool use", "other media"
+DUPLICATE = "duplicate"  # of an earlier row
+NO_FAULT = (DUPLICATE, TOOLS, MEDIA)  # left out and counted, but there is nothing to mend in such a row
 
 REMARKS: dict[str, str] = {
     "joined turns": "a speaker spoke several times in a row, which is taken for one turn of several paragraphs",
     "role marker in a reply": "a reply speaks for somebody: it has `Human:` or `Assistant:` within it",
+    "column left out": "a column has no value that JSON can hold, or a very long one, and is not handed to the reward",
     "contradiction": "an earlier row prefers these replies the other way round",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Why a row is left out. line: counted from 1; of Parquet, the row. kind: a name in PROBLEMS, or DUPLICATE."""
+    """The reason why a row is left out. line: from 1; in Parquet, the row. kind: a name in PROBLEMS, or DUPLICATE."""
 
     source: str
     line: int
@@ -52,12 +63,12 @@ class Problem:
 
 
 class RowError(Exception):
-    """A row that cannot be used; whoever reads it knows where it stands and makes a Problem of it."""
+    """A row that cannot be used; the reader, which knows its line, turns this into a Problem."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind, detail)
         self.kind, self.detail = kind, detail
 
 
-class DataError(ValueError):
-    """What is wrong with data as a whole: a recipe's mistake like any ValueError, but told apart from mistakes in a user's code."""
+class NoRowsError(DataError):
+    """There are no rows of a kind, or none on one side of the split. Some callers can do without them."""

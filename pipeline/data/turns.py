@@ -1,4 +1,4 @@
-"""A conversation as turns, and how a prompt and the replies to it are found in several conversations."""
+"""A conversation as turns, and the prompt and replies in one or several conversations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one speaker says at a time."""
+    """The text of one speaker, up to the next speaker."""
 
     role: Role
     text: str
@@ -26,11 +26,13 @@ Turns = tuple[Turn, ...]
 def joined(turns: Turns) -> Turns:
     """Turns of one speaker in a row as one turn of several paragraphs, each without the space around it."""
     groups = ((role, list(group)) for role, group in groupby(turns, key=lambda turn: turn.role))
-    return tuple(Turn(role, "\n\n".join(text for turn in group if (text := turn.text.strip()))) for role, group in groups)
+    return tuple(
+        Turn(role, "\n\n".join(text for turn in group if (text := turn.text.strip()))) for role, group in groups
+    )
 
 
 def checked(turns: Turns) -> Turns:
-    """The turns, if a person's comes first, behind a system message at most. Raises RowError."""
+    """The turns, after the check that a person's is first, or second after a system message. Raises RowError."""
     dialogue = turns[1:] if turns and turns[0].role == "system" else turns
     if not dialogue or dialogue[0].role == "assistant":
         raise RowError("first turn not human")
@@ -50,7 +52,10 @@ def answered(turns: Turns) -> tuple[Turns, str]:
 
 
 def asking(turns: Turns) -> Turns:
-    """The turns of a prompt; an empty reply at the end is only the invitation to speak. Raises RowError when it does not end with a question."""
+    """The turns of a prompt, without an empty reply at its end, which only marks whose turn it is.
+
+    Raises RowError when it does not end with a person's turn.
+    """
     if turns and turns[-1].role == "assistant" and not turns[-1].text.strip():
         turns = turns[:-1]
     checked(turns)
@@ -59,11 +64,14 @@ def asking(turns: Turns) -> Turns:
     return turns
 
 
-def compared(conversations: Sequence[Turns]) -> tuple[Turns, tuple[str, ...]]:
-    """(prompt, replies): what the conversations share, and the one reply that each has behind it. Raises RowError when they are not so."""
+def shared_prompt(conversations: Sequence[Turns]) -> tuple[Turns, tuple[str, ...]]:
+    """(prompt, replies) of conversations that are equal up to their last reply. Raises RowError if they are not."""
     pairs = [answered(turns) for turns in conversations]
     prompts = [prompt for prompt, _ in pairs]
     if any(prompt != prompts[0] for prompt in prompts):
         shared = sum(1 for _ in takewhile(lambda turns: len(set(turns)) == 1, zip(*conversations, strict=False)))
-        raise RowError("no common prompt", f"the first {shared} turns are the same, of {' and '.join(str(len(turns)) for turns in conversations)}")
+        raise RowError(
+            "no common prompt",
+            f"the first {shared} turns are the same, of {' and '.join(str(len(turns)) for turns in conversations)}",
+        )
     return prompts[0], tuple(reply for _, reply in pairs)

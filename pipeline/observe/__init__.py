@@ -1,1 +1,1 @@
-"""What a run shows: progress, metrics, summaries."""
+"""What people see while a run is at work: metrics, live view, log."""

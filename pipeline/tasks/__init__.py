@@ -1,1 +1,1 @@
-"""Where prompts and rewards come from."""
+"""Prompts, demonstrations and rewards: the protocol of a task, and the tasks that come with the package."""

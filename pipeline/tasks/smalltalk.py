@@ -1,11 +1,21 @@
 """Small talk, made friendlier: real dialogues to imitate, and the sentiment of a reply as the reward.
 
-Dialogues: the English part of the `chatterbot-corpus` package (BSD). Looked at file by file, most of it is talk; three
-files are not and are left out: `coding` (answers are programs), `tech_support` (ten pairs repeated a hundred times) and
-`trivia` (facts that a model this small can only guess). In `emotion` and `computers` the lines after the first are
-alternative replies to it; everywhere else each line answers the one before.
+Dialogues: the English part of the `chatterbot-corpus` package (BSD), 21 files. Three of them are no small talk and are
+left out: `coding` (answers are programs), `tech_support` (ten pairs repeated a hundred times) and `trivia` (facts that
+a model this small can only guess). In `emotion` and `computers` the lines after the first are alternative replies to
+it; everywhere else each line answers the one before. 812 pairs remain; those with a side of more than 120 characters
+and repetitions are dropped and counted (`corpus().dropped`). Spelling is left alone, but lines are put in sentence
+case, because half of the files are in lower case and one is in capitals.
+
+Held out: the hash of a prompt's words decides, so `Will you die` and `Will you die?` are on the same side. Almost a
+quarter is held out, because there are few distinct prompts: a tenth would be 45. The reply to a held-out prompt may
+still occur in training as the answer to another one (`No.`).
+
+Layout: `<|user|> Hello<|bot|> Hi<|endoftext|>`. Each marker is one token, and `<|pad|>` is not `<|endoftext|>`.
 
 Reward: VADER (Hutto & Gilbert 2014), a human-rated lexicon: a real preference that needs no network and no labelling.
+`sentiment` has three safeguards against text that only games the lexicon. What they miss (exclamation marks, friendly
+words in no order) is left to the KL penalty.
 """
 
 from __future__ import annotations
@@ -20,12 +30,12 @@ from typing import Any
 
 import xxhash
 
-from pipeline.observe.text import distinct_n, words
 from pipeline.tasks.task import Demonstration, PromptText, Split
+from pipeline.tasks.text_measures import distinct_n, words
 
 USER, BOT = "<|user|>", "<|bot|>"
 MAX_CHARACTERS = 120
-HELDOUT_PERCENT = 23  # of the distinct prompts: there are only some 450, and fewer than 100 would measure little
+HELDOUT_PERCENT = 23  # of some 450 distinct prompts; fewer than 100 held-out ones would measure little
 NO_TALK = ("coding", "tech_support", "trivia")
 ENOUGH_WORDS = 3
 ALTERNATIVES = ("emotion", "computers")
@@ -33,7 +43,7 @@ ALTERNATIVES = ("emotion", "computers")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """(prompt, reply) pairs of each split, tidied and without repetition, and how many were dropped for which reason."""
+    """Tidied (prompt, reply) pairs of each split, without repetition. dropped: reason -> how many pairs."""
 
     pairs: dict[Split, list[tuple[str, str]]]
     dropped: dict[str, int]
@@ -54,24 +64,29 @@ class SmallTalk:
 
     def demonstrations(self, split: Split) -> list[Demonstration]:
         """Every pair of an utterance and its reply."""
-        return [Demonstration(prompt=self.layout(prompt), response=f" {reply}") for prompt, reply in corpus().pairs[split]]
+        return [
+            Demonstration(prompt=self.layout(prompt), response=f" {reply}") for prompt, reply in corpus().pairs[split]
+        ]
 
     def prompts(self, split: Split) -> list[PromptText]:
-        """The distinct utterances that somebody replied to."""
+        """The distinct utterances that have a reply."""
         lines = dict.fromkeys(prompt for prompt, _ in corpus().pairs[split])
         return [PromptText(text=self.layout(line), metadata={"prompt": line}) for line in lines]
 
     def layout(self, line: str) -> str:
-        """`<|user|> Hello<|bot|>`; the reply follows as ` Hi<|endoftext|>`. Spaces stand where the tokenizer learned them: before words."""
+        """`<|user|> Hello<|bot|>`; the reply follows as ` Hi<|endoftext|>`.
+
+        Spaces stand where the tokenizer learned them: before words.
+        """
         return f"{USER} {tidy(line)}{BOT}"
 
 
 def sentiment(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
-    """VADER's compound score of each reply, in [-1, 1].
+    """VADER's compound score of each reply, in [-1, 1], with three safeguards.
 
-    Three safeguards, since a policy finds what a lexicon overlooks: a positive score is multiplied by the reply's distinct-2
-    (the share of its word pairs that are not repeats), a reply of one or two words earns only its share of three, or "Yes." would
-    be the best answer to everything, and a reply without a word scores -1, or silence would beat honesty.
+    A positive score is multiplied by the reply's distinct-2, the share of its word pairs that are not repeats ("love
+    love love love" has 1/3). A reply of one or two words earns one or two thirds of a positive score; otherwise "Yes."
+    would be the best answer to everything. A reply without a word scores -1, or silence would beat honesty.
     """
     return [_sentiment(response) for response in responses]
 
@@ -86,17 +101,20 @@ def _sentiment(reply: str) -> float:
 
 @cache
 def _analyzer() -> Any:
-    """Reads its lexicon of 7,500 words, so there is one a process."""
+    """VADER's analyser; one a process, because it reads a lexicon of 7,500 words."""
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise ValueError("reward.function: pipeline.tasks.smalltalk:sentiment needs the package vaderSentiment; pip install vaderSentiment==3.3.2") from error
+        raise ValueError(
+            "reward.function: pipeline.tasks.smalltalk:sentiment needs the package vaderSentiment; pip install "
+            "vaderSentiment==3.3.2"
+        ) from error
     return SentimentIntensityAnalyzer()
 
 
 @cache
 def corpus() -> Corpus:
-    """The dialogues as pairs. A prompt's split depends on its words alone, so no held-out prompt is trained on with other punctuation."""
+    """The dialogues as pairs. A prompt's split depends on its words alone, so punctuation moves no prompt."""
     dropped: Counter[str] = Counter()
     pairs: dict[Split, list[tuple[str, str]]] = {"train": [], "heldout": []}
     seen: set[tuple[str, ...]] = set()
@@ -110,17 +128,17 @@ def corpus() -> Corpus:
         if reason:
             dropped[reason] += 1
         else:
-            pairs[split_of(prompt)].append((prompt, reply))
+            pairs[_split_by_words(prompt)].append((prompt, reply))
     return Corpus(pairs=pairs, dropped=dict(dropped))
 
 
-def split_of(prompt: str) -> Split:
-    """Where a prompt belongs, by the hash of its words."""
+def _split_by_words(prompt: str) -> Split:
+    """The split of a prompt, by the hash of its words."""
     return "heldout" if xxhash.xxh3_64_intdigest(" ".join(words(prompt)).encode()) % 100 < HELDOUT_PERCENT else "train"
 
 
 def tidy(line: str) -> str:
-    """One line in sentence case: single spaces, a capital at the start, `I` for a lone `i`, and no shouting."""
+    """One line in sentence case: single spaces, a capital at the start, `I` for a lone `i`, no line in capitals."""
     line = " ".join(line.split())
     if line.isupper() and len(line) > 4:
         line = line.lower()
@@ -129,7 +147,7 @@ def tidy(line: str) -> str:
 
 
 def _unfit(prompt: object, reply: object) -> str:
-    """Why a pair is dropped, or "". YAML reads unquoted numbers and yes/no as other types."""
+    """The reason to drop a pair, or "". YAML reads unquoted numbers and yes/no as other types than text."""
     if not (isinstance(prompt, str) and isinstance(reply, str)):
         return "not text"
     if not (words(prompt) and words(reply)):

@@ -1,4 +1,4 @@
-"""Tokenizers trained here, for models that start from nothing. Saved as Hugging Face fast tokenizers.
+"""Tokenizers for models that are trained from scratch, saved as Hugging Face fast tokenizers.
 
 End-of-text and padding are different tokens: a padding token that is also end-of-text hides where a text ends.
 """
@@ -18,25 +18,30 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 def train_byte_bpe(texts: Iterable[str], folder: Path, *, vocab_size: int, special: Sequence[str] = ()) -> None:
     """Train a byte-level BPE of at most `vocab_size` tokens, which encodes any text without loss.
 
-    special: further tokens, such as role markers, that stand for themselves wherever they appear in text.
-    Ids: END 0, PAD 1, then `special`, then 256 bytes and the merges. The same texts in any order give the same tokenizer.
+    special: further tokens, such as role markers, that stand for themselves wherever they appear in text. Ids: END 0,
+    PAD 1, then `special`, then 256 bytes and the merges. The same texts in any order give the same tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 258 + len(special):
-        raise ValueError(f"vocab_size: must be >= {258 + len(special)} (256 bytes and the special tokens), got {vocab_size}")
+        raise ValueError(
+            f"vocab_size: must be >= {258 + len(special)} (256 bytes and the special tokens), got {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, PAD, *special], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD, *special],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     _save(tokenizer, folder, special)
 
 
 def character_tokenizer(alphabet: str, folder: Path) -> None:
-    """A tokenizer of one token a character. Ids: END 0, PAD 1, then `alphabet`. A character outside it becomes PAD."""
+    """Write a tokenizer of one token a character. Ids: END 0, PAD 1, then `alphabet`; other characters become PAD."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: number for number, token in enumerate([END, PAD, *alphabet])}
@@ -50,5 +55,11 @@ def _save(tokenizer: Tokenizer, folder: Path, special: Sequence[str]) -> None:
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=list(special), padding_side="right")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=list(special),
+        padding_side="right",
+    )
     fast.save_pretrained(folder)

@@ -1,10 +1,12 @@
-"""Random walks: find the shortest way to a goal, having only ever seen somebody stagger.
+"""Random walks: find the shortest path to a goal, from demonstrations that are random walks.
 
-The field's learning benchmark for RLHF on a CPU. A directed graph of 21 nodes, named by letters; a prompt is a start
-node, a response the nodes after it. The demonstrations are random walks, so a model that imitates them arrives late or
-never; the reward is how short the way was. Everything is drawn from one frozen generator (seed 1002), as the field does.
+The field's learning benchmark for RLHF on a CPU. A directed graph of 21 nodes, named by letters, has each edge with
+probability 0.1; node `a` is the goal. A prompt is a start node, a response the nodes after it. The demonstrations are a
+thousand random walks of at most ten nodes, so a model that imitates them arrives late or never. The reward is the
+optimality of the path: random walks score 0.790 on average, where a perfect imitator starts; a shortest path from every
+node scores 1. Graph and walks are drawn from NumPy's frozen `RandomState(1002)`, as the field does.
 
-Left out: held-out start nodes. There are only 20; what is learned is the graph, and every start is evaluated.
+Left out: held-out start nodes. There are only 20, the task is to learn the graph, and every start is evaluated.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class RandomWalks:
     reward = "pipeline.tasks.walks:optimality"
 
     def build_tokenizer(self, folder: Path, vocabulary: int) -> None:
-        """One token a node, whatever the vocabulary may hold."""
+        """Write a tokenizer of one token a node; `vocabulary` is ignored."""
         from pipeline.tasks.tokenizers import character_tokenizer
 
         character_tokenizer(LETTERS, folder)
@@ -46,8 +48,12 @@ class RandomWalks:
         return [Demonstration(prompt=walk[0], response=walk[1:]) for walk in walks()[split]]
 
     def prompts(self, split: Split) -> list[PromptText]:
-        """Every start node but the goal, in both splits."""
-        return [PromptText(text=LETTERS[node], metadata={"shortest": shortest_lengths()[node]}) for node in range(NODES) if node != GOAL]
+        """Every node except the goal, in both splits."""
+        return [
+            PromptText(text=LETTERS[node], metadata={"shortest": shortest_lengths()[node]})
+            for node in range(NODES)
+            if node != GOAL
+        ]
 
     def layout(self, line: str) -> str:
         """The start node that was typed."""
@@ -55,10 +61,10 @@ class RandomWalks:
 
 
 def optimality(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
-    """(10 - length) / (10 - shortest length) of each walk, in [0, 1]: 1 is a shortest way.
+    """(10 - length) / (10 - shortest length) of each walk, in [0, 1]; 1 for a shortest path.
 
-    length: nodes from start to goal, both included. A walk that takes an edge that is not there, or does not arrive within 10
-    nodes, has length 10. What is written after the goal is not read.
+    length: nodes from start to goal, both included. A walk that takes a missing edge, or does not arrive within 10
+    nodes, has length 10. Text after the goal is ignored.
     """
     return [_optimality(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
 
@@ -72,7 +78,7 @@ def _optimality(text: str) -> float:
 
 
 def walk_length(nodes: list[int]) -> int:
-    """Nodes from the start to the first goal, or 10 when the walk is not valid up to there or takes longer."""
+    """Nodes from the start to the goal, at most 10; 10 if the walk takes a missing edge before it arrives."""
     edges = adjacency()
     for place, node in enumerate(nodes[:MAX_NODES]):
         if node < 0 or (place > 0 and not edges[nodes[place - 1], node]):
@@ -84,20 +90,23 @@ def walk_length(nodes: list[int]) -> int:
 
 @cache
 def adjacency() -> npt.NDArray[np.bool_]:
-    """adjacency()[u, v]: there is an edge from u to v, (21, 21). The goal leads to itself alone."""
+    """The graph: [u, v] is true if there is an edge from u to v, (21, 21). The goal leads only to itself."""
     return _draw()[0]
 
 
 @cache
 def walks() -> dict[Split, list[str]]:
-    """The random walks of each split, as letters. The first 1,000 are the field's; the held-out ones continue the same stream."""
+    """The random walks of each split, as letters.
+
+    The first 1,000 are the field's; the held-out ones continue the same stream.
+    """
     drawn = _draw()[1]
     return {"train": drawn[: WALKS["train"]], "heldout": drawn[WALKS["train"] :]}
 
 
 @cache
 def shortest_lengths() -> tuple[int, ...]:
-    """Nodes of a shortest way from each node to the goal, at most 10: breadth-first, backwards from the goal."""
+    """Nodes of a shortest path from each node to the goal, at most 10: breadth-first, backwards from the goal."""
     lengths = [MAX_NODES] * NODES
     lengths[GOAL], queue = 1, deque([GOAL])
     while queue:
@@ -111,7 +120,7 @@ def shortest_lengths() -> tuple[int, ...]:
 
 @cache
 def _draw() -> tuple[npt.NDArray[np.bool_], list[str]]:
-    """The graph, and then the walks, from one stream of random numbers (RandomState's are frozen for all NumPy versions)."""
+    """The graph and the walks, from one stream of random numbers; RandomState's never changes with NumPy."""
     random = np.random.RandomState(SEED)
     edges = np.zeros((NODES, NODES), np.bool_)
     while not edges.any(axis=1).all():

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/generation.py [tiny|gpt2] [--repeats 3] [--threads 2]
 
-Random weights; completions have full length (no end-of-text token). Runs are interleaved and the median is printed, since only ratios
-within one run mean anything on a shared machine.
+Random weights; completions have full length (no end-of-text token). Runs are interleaved and the median is printed,
+since only ratios within one run mean anything on a shared machine.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]  # so that it runs from a checkout, installed or not
+# so that it runs from a checkout, installed or not
+sys.path[:0] = [
+    str(Path(__file__).parents[2]),
+    str(Path(__file__).parents[1]),
+]
 
 import tiny_models  # noqa: E402
 from actors.config import RolloutConfig, SamplingConfig  # noqa: E402
-from actors.generation.engine import Request  # noqa: E402
-from actors.generation.torch_engine import TorchEngine  # noqa: E402
+from actors.engine.protocol import Request  # noqa: E402
+from actors.engine.torch_engine import TorchEngine  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,14 @@ def save(shape: Shape, folder: Path) -> None:
 
     torch.manual_seed(0)
     heads = max(2, shape.width // 64)
-    config = GPT2Config(vocab_size=shape.vocabulary, n_embd=shape.width, n_layer=shape.layers, n_head=heads, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=shape.vocabulary,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=heads,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     tiny_models.byte_tokenizer().save_pretrained(folder)
 
@@ -94,19 +105,24 @@ def _generate(folder: str, dtype: torch.dtype, ids: torch.Tensor) -> Callable[[i
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     mask = torch.ones_like(ids)
-    return lambda new: model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+    return lambda new: model.generate(
+        ids, attention_mask=mask, do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0
+    )
 
 
 def _raylign(folder: str, config: RolloutConfig, ids: np.ndarray) -> Callable[[int], Any]:
     engine = TorchEngine(folder, config, torch.device("cpu"))
-    engine.tokenizer.eos_token = None
+    engine.ends = np.array([], np.int64)
     requests = [Request(sample_id=i, group_id=i, prompt=row) for i, row in enumerate(ids)]
     return lambda new: engine.generate(requests, SamplingConfig(max_new_tokens=new), seed=0)
 
 
 def report(name: str, shape: Shape, seconds: dict[str, float]) -> None:
     anchor = seconds["generate bfloat16"]
-    model, batch = f"{shape.layers} x {shape.width}, vocabulary {shape.vocabulary}", f"{shape.rows} x ({shape.prompt} + {shape.new}) tokens"
+    model, batch = (
+        f"{shape.layers} x {shape.width}, vocabulary {shape.vocabulary}",
+        f"{shape.rows} x ({shape.prompt} + {shape.new}) tokens",
+    )
     print(f"{name}: {model}, {batch}, {torch.get_num_threads()} threads")
     print(f"{'engine':<20}{'seconds':>10}{'tokens/s':>12}{'x generate bf16':>18}")
     for contender, value in seconds.items():

@@ -1,7 +1,8 @@
 """TRL's GRPOTrainer and RLOOTrainer on the walks: the same model, reward, batch and budget as ours, in this process.
 
-A step is `prompts` x `group` completions and `epochs` updates on them, as it is with us; neither side has a KL penalty. Everything else
-is TRL's default unless `settings` say otherwise, but for bfloat16 and gradient checkpointing, which only slow so small a model down.
+A step is `prompts` x `group` completions and `epochs` updates on them, as it is with us; neither side has a KL penalty.
+Everything else is TRL's default unless `settings` say otherwise, but for bfloat16 and gradient checkpointing, which
+only slow so small a model down.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ def is_installed() -> bool:
     return find_spec("trl") is not None
 
 
-def train(trainer: str, model: str, export_to: Path, *, seed: int, steps: int, batch: dict[str, int], settings: dict[str, Any]) -> tuple[list[float], float]:
-    """Train with `trl.<trainer>Trainer` and save the model. Mean reward of each step's completions, (steps,), and the seconds of all steps.
+def train(
+    trainer: str, model: str, export_to: Path, *, seed: int, steps: int, batch: dict[str, int], settings: dict[str, Any]
+) -> tuple[list[float], float]:
+    """Train with `trl.<trainer>Trainer` and save the model.
 
-    batch: as in a recipe. settings: fields of `trl.<trainer>Config`; num_iterations, the updates of a step, is one of them.
+    Mean reward of each step's completions, (steps,), and the seconds of all steps.
+
+    batch: as in a recipe. settings: fields of `trl.<trainer>Config`; num_iterations, the updates of a step, is one of
+    them.
     """
     import datasets
     import transformers
@@ -68,7 +74,9 @@ def train(trainer: str, model: str, export_to: Path, *, seed: int, steps: int, b
             disable_tqdm=True,
             **settings,
         )
-        trained = getattr(trl, f"{trainer}Trainer")(model=model, args=config, train_dataset=asked, processing_class=tokenizer, reward_funcs=reward)
+        trained = getattr(trl, f"{trainer}Trainer")(
+            model=model, args=config, train_dataset=asked, processing_class=tokenizer, reward_funcs=reward
+        )
         trained.remove_callback(transformers.PrinterCallback)
         started = time.monotonic()
         trained.train()

@@ -1,7 +1,8 @@
 """The plug is pulled, twenty times: kill -9 of the driver at random moments, resume, the same final hash.
 
-Not part of `make test`: `make chaos` runs it. The moments are seeded. A run dies five times: once while it starts or fine-tunes, then a random number of
-steps and a fraction of a second after it was taken up again; then it may end, and must have ended as the run that nothing happened to.
+Not part of `make test`: `make chaos` runs it. The moments are seeded. A run dies five times: once while it starts or
+fine-tunes, then a random number of steps and a fraction of a second after it was taken up again; then it may end, and
+must have ended as the run that nothing happened to.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def place() -> Iterator[Path]:
 
 def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
     surroundings = environment() | {"RAY_TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command(*arguments), cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,11 @@ def kill_after(process: subprocess.Popen[str], run_dir: Path, steps: int, second
     process.kill()
     process.communicate(timeout=60)
     commits = [folder.name for folder in sorted((run_dir / "checkpoints").glob("*"))]
-    print(f"\n  kill -9 with {metrics_text(run_dir).count(chr(10))} steps done; commits: {', '.join(commits) or 'none'}", end="", flush=True)
+    print(
+        f"\n  kill -9 with {metrics_text(run_dir).count(chr(10))} steps done; commits: {', '.join(commits) or 'none'}",
+        end="",
+        flush=True,
+    )
 
 
 @pytest.mark.timeout(900)

@@ -1,4 +1,5 @@
-"""Every kind of process dies in one run, some of them twice, learners in the middle of a call: the run ends, the ledger balances, the same final hash.
+"""Every kind of process dies in one run, some of them twice, learners in the middle of a call: the run ends, the ledger
+balances, the same final hash.
 
 Not part of `make test`: `make chaos` runs it. Prints how long the run took to recover from each.
 """
@@ -34,7 +35,9 @@ def place() -> Iterator[Path]:
 
 def settings(**changes: Any) -> str:
     """Two ranks a learner, two rollout workers, steps long enough to be hit in the middle."""
-    config = recipe(steps=60, commit_every=3, **both(learning_rate=1e-3, ranks=2, zero_stage=2, micro_batch_size=4), **changes)
+    config = recipe(
+        steps=60, commit_every=3, **both(learning_rate=1e-3, ranks=2, zero_stage=2, micro_batch_size=4), **changes
+    )
     config = config.model_copy(
         update={
             "rollout": config.rollout.model_copy(update={"workers": 2}),
@@ -47,7 +50,9 @@ def settings(**changes: Any) -> str:
 def start(place: Path, run_dir: Path) -> subprocess.Popen[str]:
     surroundings = environment() | {"RAY_TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
     arguments = command("run", str(place / "recipe.toml"), "--run-dir", str(run_dir))
-    return subprocess.Popen(arguments, cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +76,12 @@ def await_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout
         time.sleep(0.01)
 
 
-def disturb(place: Path, run_dir: Path, number: signal.Signals, victims: tuple[str, ...]) -> tuple[str, dict[str, float]]:
-    """Signal each victim a random moment after some step; seconds until the run had gone a step further than where the signal met it."""
+def disturb(
+    place: Path, run_dir: Path, number: signal.Signals, victims: tuple[str, ...]
+) -> tuple[str, dict[str, float]]:
+    """Signal each victim a random moment after some step; seconds until the run had gone a step further than where the
+    signal met it.
+    """
     moments, recovered = random.Random(7), {}
     process = start(place, run_dir)
     for i, who in enumerate(victims):

@@ -1,0 +1,1 @@
+"""Generation: an engine turns requests into completions, in one process, without Ray."""

@@ -1,1 +1,0 @@
-"""Turning prompts into completions on full weights."""

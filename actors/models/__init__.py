@@ -1,0 +1,1 @@
+"""Language models, classifiers and tokenizers: their computations, and their folders."""

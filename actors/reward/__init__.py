@@ -1,0 +1,1 @@
+"""Reward workers, which score rollouts by a user's function or a reward model."""

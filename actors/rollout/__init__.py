@@ -1,0 +1,1 @@
+"""Rollout workers, and the conversations that they have."""

@@ -1,0 +1,156 @@
+"""The arguments of a command: its name, its recipe or run, its overrides.
+
+Everything is checked before Ray, torch or DeepSpeed are imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.arguments.overrides import configuration
+from pipeline.arguments.usage import bundled
+
+if TYPE_CHECKING:
+    from pipeline.config.run_config import RunConfig
+    from pipeline.folder.manifests import StageName
+    from pipeline.plan.comparison import Comparison
+
+UNTIL: dict[str, StageName] = {
+    "quickstart": "evaluate",
+    "run": "evaluate",
+    "sft": "sft",
+    "reward": "reward",
+    "train": "rl",
+}
+_OF_RECIPE = (*UNTIL, "plan")
+_OF_RUN = ("resume", "ledger", "replay")
+_EVALUATE = "evaluate"  # of a recipe or of a run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A parsed and checked command line.
+
+    recipe: of a new run. run_dir: the folder of the new run, or of the run that the command is about.
+    """
+
+    name: str
+    recipe: str = ""
+    run_dir: Path | None = None
+    config: RunConfig
+    allowed: tuple[str, ...] = ()
+    step: int = 0
+    comparison: Comparison | None = None
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Command, recipe or run folder, and overrides. Raises ValueError for whatever is wrong with them."""
+    name, rest = arguments[0], list(arguments[1:])
+    if name in _OF_RECIPE:
+        return _parse_recipe(name, rest)
+    if name in _OF_RUN:
+        return _parse_run(name, rest)
+    if name == _EVALUATE:
+        return _parse_evaluate(rest)
+    raise ValueError(
+        f"command: must be {', '.join((*_OF_RECIPE, *_OF_RUN))} or {_EVALUATE}, got {name!r}; see raylign --help"
+    )
+
+
+def _parse_recipe(name: str, rest: list[str]) -> Command:
+    from pipeline.config.recipe import recipe_path
+
+    recipe = "quickstart"
+    if name != "quickstart":
+        if not rest or rest[0].startswith("-"):
+            raise ValueError(f"recipe: `raylign {name}` needs one, a TOML file or one of {', '.join(bundled())}")
+        recipe = rest.pop(0)
+    program = "raylign quickstart" if name == "quickstart" else f"raylign {name} {recipe}"
+    parser = _parser(program, "[--run-dir DIR] [--section.field value ...]")
+    parser.add_argument("--run-dir", type=_path)
+    known, overrides = parser.parse_known_args(rest)
+    path = recipe_path(recipe)
+    config = configuration(path, known.algorithm, overrides, program)
+    return Command(name=name, recipe=path.stem, run_dir=known.run_dir, config=config)
+
+
+def _parse_run(name: str, rest: list[str]) -> Command:
+    if not rest or rest[0].startswith("-"):
+        raise ValueError(f"RUN_DIR: `raylign {name}` needs one, the folder of a run")
+    run_dir, program = _path(rest.pop(0)), f"raylign {name} RUN_DIR"
+    recipe = run_dir / "config.toml"
+    if not recipe.is_file():
+        raise ValueError(
+            f"RUN_DIR: must be the folder of a run, got {run_dir}, which has no config.toml; `raylign run RECIPE` "
+            "makes one"
+        )
+    if name == "resume":
+        parser = _parser(program, "[--allow-change KEY ...] [--section.field value ...]")
+        parser.add_argument("--allow-change", nargs="+", action="extend", default=[])
+        known, overrides = parser.parse_known_args(rest)
+        config = configuration(recipe, known.algorithm, overrides, program)
+        return Command(name=name, run_dir=run_dir, config=config, allowed=tuple(known.allow_change))
+    parser = _parser(program, "--step N" if name == "replay" else "")
+    if name == "replay":
+        parser.add_argument("--step", type=int, required=True)
+    step = getattr(parser.parse_args(rest), "step", 0)
+    return Command(name=name, run_dir=run_dir, config=configuration(recipe, "", [], program), step=step)
+
+
+def _parse_evaluate(rest: list[str]) -> Command:
+    """TARGET is a run folder, whose recipe and models are taken, or a recipe.
+
+    Models by name stay as they are; see pipeline/plan/comparison.py.
+    """
+    from actors.hub import expand
+    from pipeline.config.recipe import recipe_path
+    from pipeline.plan.comparison import Comparison
+
+    if not rest or rest[0].startswith("-"):
+        raise ValueError("TARGET: `raylign evaluate` needs one, the folder of a run or a recipe")
+    target = _path(rest.pop(0))
+    run_dir = target.absolute() if (target / "config.toml").is_file() else None
+    if run_dir is None and target.is_dir():
+        raise ValueError(
+            f"TARGET: must be the folder of a run or a recipe, got {target}, a folder without "
+            "config.toml; to compare models: "
+            "raylign evaluate RECIPE --policy DIR --baseline DIR"
+        )
+    program = "raylign evaluate TARGET"
+    parser = _parser(
+        program, "[--policy DIR] [--baseline DIR] [--reward-model DIR] [--out DIR] [--section.field value ...]"
+    )
+    for option in ("--policy", "--baseline", "--reward-model"):
+        parser.add_argument(option, default="", type=expand)
+    parser.add_argument("--out", type=_path)
+    known, overrides = parser.parse_known_args(rest)
+    path = run_dir / "config.toml" if run_dir else recipe_path(str(target))
+    config = configuration(path, known.algorithm, overrides, program)
+    comparison = Comparison.of(
+        config,
+        run_dir,
+        policy=known.policy,
+        baseline=known.baseline,
+        reward_model=known.reward_model,
+        out=known.out,
+        recipe=path.stem,
+    )
+    return Command(name=_EVALUATE, run_dir=run_dir, config=config, comparison=comparison)
+
+
+def _path(given: str) -> Path:
+    """A path as a user wrote it. Raises ValueError for what no path can be."""
+    from actors.hub import expand
+
+    return Path(expand(given))
+
+
+def _parser(program: str, usage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, usage=f"{program} {usage}", add_help=False, allow_abbrev=False)
+    if "--section.field" in usage:
+        parser.add_argument("--algorithm.name", dest="algorithm", default="")  # decides which other settings there are
+    return parser

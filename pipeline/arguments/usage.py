@@ -1,0 +1,116 @@
+"""The texts of `raylign --help` and `raylign COMMAND --help`, and the list of commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HELP, VERSION = ("-h", "--help"), ("-V", "--version")
+USAGE = """\
+raylign: reinforcement learning from human feedback for causal language models, on Ray
+
+  raylign quickstart                 the whole chain on embedded small talk: fine-tune, reward model, PPO, evaluation
+  raylign run RECIPE                 every stage of a recipe: a TOML file, or one of those below
+  raylign sft|reward|train RECIPE    its stages up to fine-tuning, the reward model, or reinforcement learning
+  raylign plan RECIPE                what a recipe would run: processes, placement, memory, duration; starts nothing
+
+  raylign resume RUN_DIR             go on with a run that was stopped or broke off, from its last commit
+  raylign ledger RUN_DIR             the account of a run: what became of every sample
+  raylign replay RUN_DIR --step N    compute a step again from its logged experience and compare with what was recorded
+  raylign evaluate RUN_DIR|RECIPE    two models on held-out prompts; of a run, its policy and what it began from
+
+  --run-dir DIR                      where the run is written (default runs/<recipe>-<time>); in the folder of a run,
+                                     only what has changed is done again
+  --section.field value              override a setting; `raylign run RECIPE --help` lists them all
+  --policy, --baseline DIR           with evaluate: other models; --reward-model DIR: another judge; --out DIR
+  --allow-change KEY                 with resume: accept that this setting differs from what the run was begun with
+  --help, --version                  `raylign COMMAND --help`: that command's own options
+
+recipes: {recipes}
+"""
+_RUN_OPTIONS = {
+    "--run-dir DIR": "where the run is written; default runs/<recipe>-<time>. In the folder of a run, only what has "
+    "changed is done again",
+    "--section.field value": "override a setting of the recipe; `raylign {name} {of} --help` lists them all",
+}
+_CHANGES = {
+    "--section.field value": "override a setting; what would change the result must be allowed",
+    "--allow-change KEY ...": "accept that these settings differ from what the run was begun with; `data` and `model`: "
+    "that what the files hold differs",
+}
+_COMPARISON = {
+    "--policy DIR": "the model that is judged; default the run's policy",
+    "--baseline DIR": "the model that it is compared with; default the one that the run began from",
+    "--reward-model DIR": "the judge beside the rule; default the run's",
+    "--out DIR": "where the result is written; default a new folder in the run's, or in runs/",
+    "--section.field value": "override a setting, such as --evaluation.prompts 100",
+}
+COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "quickstart": (
+        "",
+        "the whole chain on embedded small talk: fine-tune, sample and compare, reward model, PPO, evaluation",
+        _RUN_OPTIONS,
+    ),
+    "run": ("RECIPE", "every stage of a recipe: a TOML file, or one of {recipes}", _RUN_OPTIONS),
+    "sft": ("RECIPE", "a recipe up to fine-tuning", _RUN_OPTIONS),
+    "reward": ("RECIPE", "a recipe up to the reward model", _RUN_OPTIONS),
+    "train": ("RECIPE", "a recipe up to reinforcement learning, without the evaluation", _RUN_OPTIONS),
+    "plan": (
+        "RECIPE",
+        "what a recipe would run: processes, placement, batch arithmetic, memory; starts nothing",
+        _RUN_OPTIONS,
+    ),
+    "resume": (
+        "RUN_DIR",
+        "go on with a run that was stopped or broke off, in whichever stage, from its last commit or checkpoint",
+        _CHANGES,
+    ),
+    "ledger": ("RUN_DIR", "the account of a run: what became of every sample", {}),
+    "replay": (
+        "RUN_DIR",
+        "compute a step's advantages and losses again, offline, and compare with what was recorded",
+        {"--step N": "which step, from 0; it must be given"},
+    ),
+    "evaluate": ("RUN_DIR|RECIPE", "two models on held-out prompts: reward, win rate, KL, best-of-n", _COMPARISON),
+}
+
+
+def usage() -> str:
+    """Of all commands."""
+    return USAGE.format(recipes=", ".join(bundled()))
+
+
+def has_settings(arguments: list[str]) -> bool:
+    """Whether --help can list them: behind a recipe or the folder of a run."""
+    name, rest = arguments[0], arguments[1:]
+    return "--section.field value" in COMMANDS[name][2] and (name == "quickstart" or rest[0] not in HELP)
+
+
+def usage_of(name: str) -> str:
+    """Of one command, without the settings of its recipe."""
+    of, what, options = COMMANDS[name]
+    words = {"name": name, "of": of or "", "recipes": ", ".join(bundled())}
+    usage = " ".join(
+        filter(
+            None,
+            ("usage: raylign", name, of, *(f"[{option}]" if option != "--step N" else option for option in options)),
+        )
+    )
+    lines = [usage, "", what.format(**words)]
+    if options:
+        lines += ["", *(f"  {option:<24}{text.format(**words)}" for option, text in options.items())]
+    return "\n".join(lines) + "\n"
+
+
+def version() -> str:
+    """Of the installed package."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("raylign")
+    except metadata.PackageNotFoundError:  # sources that were shipped, not installed, as with a Ray job
+        return "(not installed)"
+
+
+def bundled() -> list[str]:
+    """The recipes that come with the package, by name."""
+    return sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.toml"))

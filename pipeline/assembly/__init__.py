@@ -1,0 +1,1 @@
+"""The assembly of a step's experience: joined, shaped, estimated, whitened."""

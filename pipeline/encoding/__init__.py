@@ -1,0 +1,1 @@
+"""From text to the token tables that learners and rollouts read."""

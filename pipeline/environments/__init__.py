@@ -1,0 +1,1 @@
+"""Environments: conversations and games that answer the policy turn by turn and reward its replies."""

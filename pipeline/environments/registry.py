@@ -1,0 +1,49 @@
+"""Loads environments and partners by name: one of this package's environments, or the user's own by import path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from actors.reward.worker import load_function, user_code
+from pipeline.environments.checks import CheckedEnvironment
+from pipeline.environments.environment import Environment
+from pipeline.environments.partner import Partner
+
+ENVIRONMENTS = {
+    "world": "pipeline.environments.world.environment:World",
+    "twenty-questions": "pipeline.environments.twenty_questions:TwentyQuestions",
+}
+
+
+def load_environment(name: str) -> CheckedEnvironment:
+    """Make an environment by its name in `ENVIRONMENTS` or by import path; all its answers are checked.
+
+    Raises ValueError that lists the names, or says why the environment cannot be made.
+    """
+    if name not in ENVIRONMENTS and ":" not in name:
+        raise ValueError(
+            f"environment: must be one of {', '.join(ENVIRONMENTS)} or an import path package.module:name, got {name!r}"
+        )
+    made = _made(ENVIRONMENTS.get(name, name), "environment", ("reset", "step", "close"))
+    environment: Environment = made
+    return CheckedEnvironment(environment, name)
+
+
+def load_partner(name: str) -> Partner:
+    """Make a partner by import path. Raises ValueError that says why it cannot be made."""
+    partner: Partner = _made(name, "partner", ("reply",))
+    return partner
+
+
+def _made(path: str, field: str, methods: tuple[str, ...]) -> Any:
+    make: Callable[[], Any] = load_function(path, field=field)
+    with user_code(f"{field}: must be a class or function without arguments, got {path!r}"):
+        made = make()
+    lacking = [method for method in methods if not callable(getattr(made, method, None))]
+    if lacking:
+        raise ValueError(
+            f"{field}: must have the methods {', '.join(methods)}, got {path!r} without {', '.join(lacking)}; see "
+            f"pipeline/environments/{field}.py"
+        )
+    return made

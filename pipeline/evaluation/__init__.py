@@ -1,0 +1,1 @@
+"""Is the policy better, and at what price: replies, judges and statistics."""

@@ -1,0 +1,174 @@
+"""Commits: the whole state of a run after a step, written so that a commit is either whole or none.
+
+    checkpoints/step=00000020-epoch=0001/
+        policy/rank-0.safetensors ...      each rank writes its own shard, flushed and checksummed
+        critic/rank-0.safetensors ...
+        commit.json                        written last: the driver's state, and size and checksum of every file
+
+A folder without a whole `commit.json` is no commit. Every file of a commit is verified before any is used. If a commit
+is damaged, the user is told, and the commit before it is used. Only commits of the run's history count: see
+run_folder.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from pydantic import Field
+
+from cluster.config import Config
+from cluster.faults import RunError
+from cluster.manifest import MANIFEST, Manifest, remove_commit
+from cluster.shared import check_seen
+from cluster.storage import Folder, StoredFile
+from pipeline.folder.run_folder import RunFolder, RunStart, counts
+from pipeline.samples.ledger import LedgerState
+
+log = logging.getLogger(__name__)
+
+_INEXACT = "The commit's files are as they were written, so this is a defect of the program, not of the files."
+_NAME = re.compile(r"step=(\d{8})-epoch=(\d{4})")
+
+
+class DriverState(Config):
+    """Everything that the driver knows after `step` steps.
+
+    The ledger holds the position in the prompts. Everything random is a function of the seed and these numbers.
+    """
+
+    step: int = 0
+    version: int = 0
+    weights: str = ""
+    """Checksum of the policy's weights at `version`; a restored policy must have the same."""
+    kl_coef: float
+    ledger: LedgerState = LedgerState()
+    models: dict[str, str] = Field(default_factory=dict)
+    """Role -> checksum of its starting model, which is not in the commit and must not have changed on a restore."""
+
+
+class Commit(Manifest):
+    """The manifest of a commit. shards: role -> the files of its ranks, in the order of the ranks."""
+
+    epoch: int
+    state: DriverState
+    shards: dict[str, tuple[StoredFile, ...]]
+
+    @property
+    def name(self) -> str:
+        return _name(self.state.step, self.epoch)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(file.size for file in self.files())
+
+    def check_weights(self, checksum: str) -> None:
+        """Raises RunError when a policy that was restored from this commit has other weights than it was made of."""
+        if checksum != self.state.weights:
+            cause = f"its weights are not those that commit {self.name} was made of"
+            raise RunError("policy[0]", "restore", cause, _INEXACT)
+
+    def files(self) -> Iterator[StoredFile]:
+        for role, files in self.shards.items():
+            yield from (replace(file, name=f"{role}/{file.name}") for file in files)
+
+
+class Checkpoints:
+    """The commits of a run."""
+
+    def __init__(self, run: RunFolder, keep: int) -> None:
+        self.folder = Folder(run.path / "checkpoints")
+        self._run = run
+        self._keep = keep
+
+    def prepare(self, step: int) -> Callable[[str], str]:
+        """Remove any earlier commit of that step; returns a function: role -> URL where its ranks write."""
+        name = _name(step, self._run.epoch)
+        remove_commit(self.folder.folder(name))
+        return lambda role: shard_url(self.folder, name, role)
+
+    def write(self, state: DriverState, shards: Mapping[str, tuple[StoredFile, ...]]) -> Commit:
+        """Write the manifest of a commit whose shards are written, then remove old commits.
+
+        Raises RunError when another process has taken the run folder, or when the driver does not see a shard that a
+        rank wrote.
+        """
+        self._run.check_epoch()
+        commit = Commit(epoch=self._run.epoch, state=state, shards=dict(shards))
+        for role, files in commit.shards.items():
+            for rank, file in enumerate(files):
+                check_seen(f"{role}[{rank}]", "commit", self.folder.folder(commit.name).folder(role), [file])
+        commit.seal(self.folder.folder(commit.name))
+        self._prune()
+        return commit
+
+    def latest(self, say: Callable[[str], None]) -> Commit | None:
+        """The newest whole commit, or None if there is no commit; `say` is told of every unusable one.
+
+        Raises ValueError when no commit is whole, but at least one is damaged.
+        """
+        damaged = 0
+        for name in self._names(sealed=False):
+            if not self.folder.exists(f"{name}/{MANIFEST}"):
+                say(
+                    f"commit {name} has no {MANIFEST}: it was broken off, or has lost it; looking for the one before it"
+                )
+                continue
+            commit, problem = Commit.verified(self.folder.folder(name))
+            if commit is not None:
+                return commit
+            damaged += 1
+            say(f"commit {name} is damaged: {problem}; looking for the one before it")
+        if damaged:
+            raise ValueError(
+                f"RUN_DIR: must hold a commit that is whole, got {damaged} damaged in {self.folder.url}; "
+                f"start anew: raylign run {self._run.path}/config.toml --run-dir NEW"
+            )
+        return None
+
+    def _names(self, *, sealed: bool = True) -> list[str]:
+        return _names(self.folder, self._run.history, sealed=sealed)
+
+    def _prune(self) -> None:
+        """Keep the newest commits; remove older ones, and every folder that is no commit of the run's history."""
+        kept = self._names()[: self._keep]
+        for name in self.folder.folders():
+            if name not in kept:
+                remove_commit(self.folder.folder(name))
+
+
+def newest_commit(folder: Folder, history: Sequence[RunStart]) -> Commit | None:
+    """The newest commit whose manifest can be read; its shards are not verified, so it must not be resumed from."""
+    for name in _names(folder, history):
+        with suppress(OSError, ValueError):
+            return Commit.from_text(folder.folder(name).read_text(MANIFEST))
+    return None
+
+
+def commit_at_or_before(folder: Folder, history: Sequence[RunStart], step: int) -> Commit | None:
+    """The newest commit of at most `step` steps whose every file passes verification, or None."""
+    for name in _names(folder, history):
+        commit, _ = Commit.verified(folder.folder(name))
+        if commit is not None and commit.state.step <= step:
+            return commit
+    return None
+
+
+def shard_url(folder: Folder, commit: str, role: str) -> str:
+    """The URL of a role's shards of a commit. folder: the one that holds all commits; commit: its name."""
+    return f"{folder.url}/{commit}/{role}"
+
+
+def _names(folder: Folder, history: Sequence[RunStart], *, sealed: bool = True) -> list[str]:
+    """Names of the commits of the run's history, newest first; sealed: only commits that have a manifest."""
+    parsed = [(match, name) for name in folder.folders() if (match := _NAME.fullmatch(name))]
+    counted = [name for match, name in parsed if counts(history, int(match[2]), int(match[1]))]
+    return sorted((name for name in counted if not sealed or folder.exists(f"{name}/{MANIFEST}")), reverse=True)
+
+
+def _name(step: int, epoch: int) -> str:
+    return f"step={step:08d}-epoch={epoch:04d}"

@@ -1,0 +1,1 @@
+"""Training on given data before reinforcement learning: fine-tuning and the reward model."""

@@ -1,0 +1,1 @@
+"""A run from recipe to report: its start, its stages, its end, and the commands that look at one."""

@@ -1,0 +1,1 @@
+"""Where each sample of reinforcement learning is: issued, generated, scored, ended."""

@@ -1,0 +1,90 @@
+"""The experience buffer: scored chunks that wait to be trained on.
+
+It is a view of the ledger with references to the data: the driver holds object references, ids and versions here, never
+a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.samples.chunk import State
+from pipeline.samples.ledger import Ledger
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A step's scored chunks, in sample order."""
+
+    step: int
+    chunks: tuple[int, ...]
+    emptied: tuple[int, ...]  # chunks that end with the step, without any sample to train on
+    rollouts: tuple[ObjectRef, ...]  # one Rollouts table a chunk
+    scores: tuple[ObjectRef, ...]  # one Scores table a chunk
+    sample_ids: tuple[int, ...]  # to train on; the tables may hold others, which are quarantined
+
+
+class Buffer:
+    """Consumes: scored chunks. Waits for: whole groups, a step's worth. Unblocked by: the reward pool."""
+
+    def __init__(self, ledger: Ledger, samples: int, max_staleness: int) -> None:
+        self.ledger = ledger
+        self.samples = samples
+        self.max_staleness = max_staleness
+        self._rollouts: dict[int, ObjectRef] = {}
+        self._scores: dict[int, ObjectRef] = {}
+
+    def put_rollouts(self, chunk: int, rollouts: ObjectRef) -> None:
+        self._rollouts[chunk] = rollouts
+
+    def put_scores(self, chunk: int, scores: ObjectRef) -> None:
+        self._scores[chunk] = scores
+
+    def rollouts(self, chunk: int) -> ObjectRef:
+        return self._rollouts[chunk]
+
+    def forget(self, chunk: int) -> None:
+        """Drop the references of a chunk that has ended, or is generated again."""
+        self._rollouts.pop(chunk, None)
+        self._scores.pop(chunk, None)
+
+    def close(self, batch: Batch, trained: int) -> None:
+        """End the chunks of a batch, whose samples were trained on; trained: the learner's number of samples."""
+        ended = (*batch.chunks, *batch.emptied)
+        self.ledger.close(ended, trained)
+        for chunk in ended:
+            self.forget(chunk)
+
+    def ready(self) -> list[int]:
+        """The chunks of the next step, or [] until the oldest open chunks are scored and fill a step."""
+        chosen, samples = [], 0
+        for chunk in self.ledger.open.values():
+            if chunk.state is not State.SCORED:
+                return []
+            chosen.append(chunk.number)
+            samples += len(chunk.trainable())
+            if samples >= self.samples:
+                return chosen
+        return []
+
+    def take(self, step: int, version: int) -> Batch:
+        """The batch of the next step. version: of the present weights; no sample may lag by more than max_staleness."""
+        ready = [self.ledger.open[number] for number in self.ready()]
+        chunks = [c for c in ready if c.trainable()]
+        assert chunks, f"step {step} was taken before it was full"
+        oldest = min(c.version for c in chunks)
+        assert version - oldest <= self.max_staleness, (
+            f"staleness: must be <= {self.max_staleness}, got {version} - {oldest}"
+        )
+        return Batch(
+            step=step,
+            chunks=tuple(c.number for c in chunks),
+            emptied=tuple(c.number for c in ready if not c.trainable()),
+            rollouts=tuple(self._rollouts[c.number] for c in chunks),
+            scores=tuple(self._scores[c.number] for c in chunks),
+            sample_ids=tuple(s for c in chunks for s in c.trainable()),
+        )

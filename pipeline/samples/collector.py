@@ -1,0 +1,257 @@
+"""The collector keeps the buffer filled with scored chunks.
+
+    prompts --rollout pool--> rollouts --reward pool--> scores --> buffer
+
+Consumes: prompts, published weights. Waits for: nothing; it only reacts to the pump's events. Unblocked by: free
+workers.
+
+The contents of a chunk depend on the ledger and the configuration alone, not on the number of workers or on which of
+them is free. So one worker and five workers give the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.faults import Fault, RunError
+from cluster.halving import DivisibleWork, submit_divisible
+from cluster.pool import Pool
+from pipeline.config.loop_config import LoopConfig
+from pipeline.samples.buffer import Buffer
+from pipeline.samples.chunk import Chunk, State
+from pipeline.samples.deadly import GENERATING, REFERENCE, SCORING, DeadlySamples
+from pipeline.samples.limits import check_failed, check_refills
+from pipeline.samples.published import PublishedWeights
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from actors.reference import ReferenceReport
+    from actors.reward.worker import RewardReport
+    from actors.rollout.worker import RolloutReport
+    from pipeline.encoding.prompt_stream import PromptStream
+
+    Send = Callable[[Any, int, frozenset[int]], tuple[ObjectRef, ...]]
+    Done = Callable[[Any, tuple[ObjectRef, ...]], None]
+
+# share of a call's deadline that a worker may spend on scoring; samples that are not scored by then get no reward, and
+# the worker need not be replaced
+_SHARE = 0.9
+
+
+@dataclass(slots=True)
+class CollectionCounts:
+    """What the pools did since the last step.
+
+    action_tokens: number of generated tokens. generate_s: seconds of generation, as the workers measured them, summed.
+    batches_split: number of calls of the reward function that failed and were made again sample by sample. searches:
+    number of searches for a sample that kills or hangs its worker.
+    """
+
+    action_tokens: int = 0
+    generate_s: float = 0.0
+    batches_split: int = 0
+    searches: int = 0
+
+
+class Collector:
+    """Takes every sample from its prompt to its score."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        prompts: PromptStream,
+        rollout: Pool,
+        reward: Pool,
+        buffer: Buffer,
+        say: Callable[[str, str], None],
+    ) -> None:
+        """Begin with nothing in flight. say(kind, text): tells the user, once for each kind."""
+        self.config = config
+        self.prompts = prompts
+        self.rollout = rollout
+        self.reward = reward
+        self.ledger = buffer.ledger
+        self.buffer = buffer
+        self.weights: PublishedWeights | None = None
+        self.collected = CollectionCounts()
+        self.say = say
+        self._deadly = DeadlySamples()
+
+    def keep_generating(self, weights: PublishedWeights) -> None:
+        """Issue as many groups as the buffer still needs, to be generated with `weights`."""
+        self.weights = weights
+        self._fill()
+
+    def reissue(self, weights: PublishedWeights) -> None:
+        """Generate every open chunk of the ledger again, with the same samples and seeds.
+
+        After a rollback, these are the chunks that were in flight when the commit was made.
+        """
+        for chunk in list(self.ledger.open.values()):
+            self._generate(chunk, weights)
+
+    def _fill(self) -> None:
+        """Issue fresh prompts for every group of the step that is neither in flight nor ready.
+
+        At the start of a step these are all groups; later, they replace the groups that were left out.
+        """
+        assert self.weights is not None
+        size = self.config.batch.group_size
+        on_the_way = sum(
+            len(c.trainable()) if c.state is State.SCORED else c.samples for c in self.ledger.open.values()
+        )
+        missing = self.config.batch.prompts * (1 + self.buffer.max_staleness) - on_the_way // size
+        check_refills(self.config.batch, self.ledger, self.buffer.max_staleness, missing)
+        per_chunk = self.config.rollout.chunk_size // size
+        while missing > 0:
+            self._generate(self.ledger.issue(min(missing, per_chunk), self.weights.version), self.weights)
+            missing -= per_chunk
+
+    def _generate(self, chunk: Chunk, weights: PublishedWeights) -> None:
+        prompts = self.prompts.draw(range(chunk.first_group, chunk.first_group + chunk.groups)).table
+        base = chunk.attempt  # the pool's own count of attempts is added to this
+
+        def send(worker: Any, attempt: int, without: frozenset[int]) -> tuple[ObjectRef, ...]:
+            options = worker.generate.options(num_returns=2)
+            return tuple(
+                options.remote(prompts, chunk.group_size, chunk.number, base + attempt, weights, without=without)
+            )
+
+        def done(report: RolloutReport, data: tuple[ObjectRef, ...]) -> None:
+            if not self.ledger.fence(chunk.number, base):
+                return
+            assert report.version == weights.version, (
+                f"rollouts of version {report.version}, asked for {weights.version}"
+            )
+            self.collected.action_tokens += report.action_tokens
+            self.collected.generate_s += report.seconds
+            self.ledger.generated(chunk.number)
+            self.buffer.put_rollouts(chunk.number, data[0])
+            self._score(chunk, weights)
+
+        self._submit(self.rollout, GENERATING, chunk, send, done, on_retry=lambda: self.ledger.retried(chunk.number))
+
+    def _score(self, chunk: Chunk, weights: PublishedWeights) -> None:
+        rollouts = self.buffer.rollouts(chunk.number)
+        base, within_s = chunk.attempt, _SHARE * self.config.cluster.call_timeout_s
+
+        def send(worker: Any, attempt: int, without: frozenset[int]) -> tuple[ObjectRef, ...]:
+            return tuple(
+                worker.score.options(num_returns=2).remote(
+                    rollouts, chunk.number, base + attempt, without=without, within_s=within_s
+                )
+            )
+
+        def done(report: RewardReport, data: tuple[ObjectRef, ...]) -> None:
+            if not self.ledger.fence(chunk.number, base):
+                return
+            failed = report.failures | self._deadly.of(chunk.number)
+            self._say_what_failed(chunk, report, failed)
+            self.ledger.scored(chunk.number, failed, report.flat_groups if self.config.batch.dynamic_sampling else ())
+            self.buffer.put_scores(chunk.number, data[0])
+            check_failed(self.config, self.ledger, self._deadly)
+            # only when every chunk is scored, or the refill would depend on which worker answers first
+            if all(c.state is State.SCORED for c in self.ledger.open.values()):
+                self._fill()
+
+        self._submit(self.reward, SCORING, chunk, send, done, on_input_lost=lambda: self._again(chunk.number, weights))
+
+    def refer(self, reference: Pool, number: int, found: dict[int, ObjectRef]) -> None:
+        """Begin the reference's log-probs of a scored chunk; they are put into `found` under the chunk's number.
+
+        Call `quarantine` afterwards: it deals with samples that killed or hung a reference worker.
+        """
+        chunk, rollouts = self.ledger.open[number], self.buffer.rollouts(number)
+
+        def send(worker: Any, attempt: int, without: frozenset[int]) -> tuple[ObjectRef, ...]:
+            return tuple(worker.logprobs.options(num_returns=2).remote(rollouts, number, attempt, without))
+
+        def done(report: ReferenceReport, data: tuple[ObjectRef, ...]) -> None:
+            found[number] = data[0]
+
+        self._submit(reference, REFERENCE, chunk, send, done)
+
+    def quarantine(self, chunks: Iterable[int]) -> bool:
+        """Quarantine samples of scored chunks that killed or hung a worker since; returns whether there were any.
+
+        Fresh groups are issued in place of the groups of these samples.
+        """
+        found = {number: self._deadly.of(number) for number in chunks}
+        new = {number: own for number, own in found.items() if own.keys() - self.ledger.open[number].quarantined.keys()}
+        for number, own in new.items():
+            self.ledger.quarantine(number, own)
+        if new:
+            self._fill()
+        return bool(new)
+
+    def _submit(
+        self, pool: Pool, doing: str, chunk: Chunk, send: Send, done: Done, **callbacks: Callable[[], None]
+    ) -> None:
+        """Submit one call over a chunk to a pool; a sample that kills or hangs its worker is found and left out.
+
+        Its whole group is left out with it, since a group that lacks a member cannot be trained on.
+        """
+        phase, deadly = f"{doing} chunk {chunk.number}", self._deadly.during(doing, chunk.number)
+        generated_without = self._deadly.during(GENERATING, chunk.number) if doing != GENERATING else {}
+        without = {sample // chunk.group_size for sample in generated_without}
+        everything = range(chunk.first_sample, chunk.first_sample + chunk.samples)
+
+        def search() -> None:
+            self.collected.searches += 1
+            self.say(
+                "search",
+                f"{phase} has killed or hung its workers {self.config.cluster.max_attempts} times; looking for the "
+                "sample that does it",
+            )
+
+        def found(sample: int, why: str) -> None:
+            deadly[sample] = f"error: {doing} it {why}"
+            self._say_quarantined(sample, deadly[sample])
+            check_failed(self.config, self.ledger, self._deadly)
+
+        work = DivisibleWork(
+            phase=phase,
+            items=[sample for sample in everything if sample // chunk.group_size not in without],
+            group_of=lambda sample: sample // chunk.group_size,
+            send=send,
+            on_done=lambda report, data, _: done(report, data),
+            on_search=search,
+            on_found=found,
+            timeout_s=self.config.cluster.call_timeout_s,
+            **callbacks,
+        )
+        submit_divisible(pool, work, known=deadly)
+
+    def _say_what_failed(self, chunk: Chunk, report: RewardReport, failed: Mapping[int, str]) -> None:
+        """Tell the user what failed in scoring, once for each kind, since a count in the metrics is easily missed."""
+        self.collected.batches_split += report.batches_split
+        if report.batches_split:
+            self.say(
+                "split",
+                f"scoring chunk {chunk.number}: {report.why_split}; its samples were scored one by one (counted as "
+                "incident/batches_split)",
+            )
+        if failed:
+            self._say_quarantined(*next(iter(failed.items())))
+
+    def _say_quarantined(self, sample: int, why: str) -> None:
+        self.say("quarantined", f"sample {sample} is quarantined, not trained on: {why} (all: raylign ledger)")
+
+    def _again(self, number: int, weights: PublishedWeights) -> None:
+        """Generate the chunk's samples again, since its rollouts were lost with their node.
+
+        Raises RunError when they have been lost `cluster.max_attempts` times.
+        """
+        attempts = self.ledger.open[number].attempt + 1
+        if attempts >= self.config.cluster.max_attempts:
+            raise RunError(
+                "reward",
+                f"scoring chunk {number}",
+                f"its rollouts were lost {attempts} times (cluster.max_attempts)",
+                fault=Fault.INPUT_LOST,
+            )
+        self.buffer.forget(number)
+        self._generate(self.ledger.reissue(number), weights)

@@ -1,1 +1,0 @@
-"""The stages of alignment, each turning artifacts into artifacts."""

@@ -1,0 +1,1 @@
+"""Learning from a table, on Ray Train: what runs any `TrainingJob`."""

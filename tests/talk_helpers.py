@@ -1,0 +1,92 @@
+"""A task and environments of conversations, named by import path, for runs with an untrained model of bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.environments.environment import Turn
+from pipeline.tasks.task import Demonstration, PromptText, Split
+
+OPENINGS = ("Hello", "Who is there?", "Listen", "What now", "Ah", "Tell me", "So", "No")
+
+
+class Chatter:
+    """Openings; each is a row with its own number in the metadata."""
+
+    name = "chatter"
+    reward = ""
+
+    def build_tokenizer(self, folder: Path, vocabulary: int) -> None:
+        raise AssertionError("runs of this task begin with a model")
+
+    def demonstrations(self, split: Split) -> list[Demonstration]:
+        return []
+
+    def prompts(self, split: Split) -> list[PromptText]:
+        return [PromptText(text=text, metadata={"row": row}) for row, text in enumerate(OPENINGS)]
+
+    def layout(self, line: str) -> str:
+        return f"[{line}]"
+
+
+class Mirror:
+    """Says each reply backwards, for one to four turns, as the row says; the more vowels, the better."""
+
+    pause_s = 0.002
+
+    def reset(self, prompts: Sequence[PromptText], seeds: Sequence[int]) -> tuple[list[Any], list[Turn]]:
+        rows = [int(prompt.metadata["row"]) for prompt in prompts]
+        return [{"row": row, "turns": 0, "length": 1 + row % 4} for row in rows], [Turn()] * len(rows)
+
+    def step(self, episodes: Sequence[Any], replies: Sequence[str]) -> list[Turn]:
+        time.sleep(self.pause_s)
+        return [self.turn(episode, reply) for episode, reply in zip(episodes, replies, strict=True)]
+
+    def turn(self, episode: Any, reply: str) -> Turn:
+        episode["turns"] += 1
+        return Turn(
+            text=reply[::-1],
+            reward=sum(letter in "aeiou" for letter in reply.lower()) / 4 - 0.125,
+            terminated=episode["turns"] == episode["length"],
+            info={"letters": len(reply)},
+        )
+
+    def close(self, episodes: Sequence[Any]) -> None:
+        """It holds nothing."""
+
+
+class Slow(Mirror):
+    """The same, so slow that a worker can be killed in the middle."""
+
+    pause_s = 0.02
+
+
+class Deadly(Mirror):
+    """Kills its process in the second turn of one row."""
+
+    def turn(self, episode: Any, reply: str) -> Turn:
+        if (episode["row"], episode["turns"]) == (3, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().turn(episode, reply)
+
+
+class Broken(Mirror):
+    """Raises in one row, always."""
+
+    def turn(self, episode: Any, reply: str) -> Turn:
+        if episode["row"] == 5:
+            return Turn(failure="error: the partner has no answer")
+        return super().turn(episode, reply)
+
+
+def is_loud(options: list[str], replies: list[str]) -> list[float]:
+    """A check: a loud reply has a capital letter, any other has none."""
+    return [
+        float((option == "loud") == any(letter.isupper() for letter in reply))
+        for option, reply in zip(options, replies, strict=True)
+    ]

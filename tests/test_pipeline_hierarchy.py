@@ -1,0 +1,205 @@
+"""Runs with a manager that chooses an option for each turn: both levels learn, are committed, lost and restored."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from safetensors.numpy import load_file
+
+import tiny_models
+from actors.config import ManagerConfig
+from actors.experience import Experience, Rollouts
+from actors.manager.turns import Turns
+from cluster.session import Session
+from conversation_helpers import acting, assembled, talk
+from conversation_helpers import recipe as flat_recipe
+from entry_point import raylign
+from pipeline.algorithms.ppo import PPO
+from pipeline.assembly.hierarchy import manager_turns
+from pipeline.cli import main
+from pipeline.config.recipe import load
+from pipeline.config.run_config import RunConfig
+from pipeline.observe.metrics import StepMetrics
+from pipeline.observe.observer import Observer
+from pipeline.run.start import resume, run_stages
+from run_helpers import ROOT, assert_same, final_commit, metrics_of, pid_of, quiet
+
+OPTIONS = ("soft", "loud", "short")
+
+
+def recipe(model: Path, environment: str = "Mirror", **changes: Any) -> RunConfig:
+    manager = ManagerConfig(
+        options=OPTIONS, learning_rate=0.01, minibatch_size=16, check="talk_helpers:is_loud", check_coef=0.1
+    )
+    return flat_recipe(model, environment, **{"manager": manager, **changes})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_gpt2(tmp_path_factory.mktemp("models") / "policy", context=96)
+
+
+@pytest.fixture(scope="module")
+def whole(ray_session: Session, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    run_stages(recipe(model), run_dir, quiet())
+    return run_dir
+
+
+@pytest.mark.slow
+def test_both_levels_learn_and_every_turn_has_its_option(whole: Path) -> None:
+    last = metrics_of(whole)[-1]
+    assert last["manager/ratio_deviation"] < 1e-5
+    assert last["manager/grad_norm"] > 0
+    assert sum(last[f"option/usage_{name}"] for name in OPTIONS) == pytest.approx(1)
+    assert 0 < last["option/entropy"] <= np.log(3) + 1e-9
+    assert 0 <= last["option/check"] <= 1
+    tokenizer = json.loads((whole / "policy" / "tokenizer.json").read_text())
+    control = {word["content"]: word["id"] for word in tokenizer["added_tokens"]}
+    rows = Experience.read(whole / "experience" / "step=3" / "experience.parquet").table.to_pylist()
+    for row in rows:
+        turns = json.loads(row["metadata"])["conversation"]["turns"]
+        assert len(row["option"]) == len(row["option_logprobs"]) == len(turns) == len(row["turn_starts"])
+        assert len(row["option_features"]) == 32 * len(turns)
+        assert len(row["last_features"]) == (
+            32 if json.loads(row["metadata"])["conversation"]["end"] == "max_turns" else 0
+        )
+        for option, start, turn in zip(row["option"], row["turn_starts"], turns, strict=True):
+            assert turn["option"] == OPTIONS[option]
+            assert row["tokens"][start - 1] == control[f"<|option:{OPTIONS[option]}|>"]
+            assert not row["action_mask"][start - 1]
+        sampled = [token for token, acted in zip(row["tokens"], row["action_mask"], strict=True) if acted]
+        assert not set(sampled) & set(control.values()) - {256}
+    head = load_file(whole / "policy" / "option-head.safetensors")
+    assert head["policy_weight"].shape == (3, 32)
+    assert np.abs(head["policy_weight"]).max() > 0
+    assert set(final_commit(whole).shards) == {"policy", "critic", "manager"}
+    assert json.loads((whole / "evaluation.json").read_text())["judges"].keys() == {"environment"}
+    assert "balances" in raylign("ledger", str(whole), cwd=ROOT).out
+
+
+@pytest.mark.slow
+def test_resumed_from_the_commit_in_the_middle_it_is_the_same_to_the_bit(whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    (run_dir / "evaluation.json").unlink()
+    shutil.rmtree(run_dir / "policy")
+    for commit in (run_dir / "checkpoints").iterdir():
+        if int(commit.name[5:13]) > 2:
+            shutil.rmtree(commit)
+    resume(load(run_dir / "config.toml"), run_dir, (), quiet())
+    assert_same(run_dir, whole)
+    name = "option-head.safetensors"
+    assert (run_dir / "policy" / name).read_bytes() == (whole / "policy" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_replay_finds_what_was_recorded_to_the_bit(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Step 3 from the commit after step 2, with the manager that was there."""
+    assert main(["replay", str(whole), "--step", "3"]) == 0
+    assert re.search(r"\d\d numbers computed again: the same to the bit", capfd.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["manager[0]", "rollout[0]"])
+def test_killed_in_the_middle_of_conversations_changes_no_bit(
+    whole: Path, model: Path, tmp_path: Path, who: str
+) -> None:
+    run_dir, write = tmp_path / "run", Observer.step
+
+    def step_and_kill(self: Observer, metrics: StepMetrics) -> None:
+        write(self, metrics)
+        if metrics.step == 1 and not (run_dir / "killed").exists():
+            (run_dir / "killed").touch()
+            threading.Timer(0.3, lambda: os.kill(pid_of(run_dir, who), signal.SIGKILL)).start()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Observer, "step", step_and_kill)
+        run_stages(recipe(model, "Slow"), run_dir, quiet())
+    assert_same(run_dir, whole, reissued=True)
+    assert metrics_of(run_dir)[-1]["incident/rolled_back" if who == "manager[0]" else "incident/replaced_workers"] == 1
+
+
+# ---- the experience of both levels ----
+
+
+def test_one_option_one_turn_and_a_manager_without_a_view_is_flat_ppo_to_the_bit() -> None:
+    """The manager's value is 0, so its advantage of the only turn is the reward; nothing else pays the worker."""
+    talks = [talk([0.5, 0.25, 1.0], rewards=[2.0]), talk([1.0], rewards=[-1.0]), talk([0.0, 0.0], rewards=[0.0])]
+    ppo = PPO(lam=0.95, gamma=1.0)
+    flat, levels = assembled(ppo, *talks)[1], assembled(ppo, *talks, advantages=[[2.0], [-1.0], [0.0]])[1]
+    for a, b in zip(flat, levels, strict=True):
+        assert (a["advantages"], a["returns"]) == (b["advantages"], b["returns"])
+
+
+def test_the_worker_is_paid_by_the_managers_advantage_and_its_check_and_begins_anew_in_each_turn() -> None:
+    one = talk([1.0, 2.0], [3.0], rewards=[5.0, 7.0], checks=[1.0, 0.0])
+    ppo = PPO(whiten_advantages=False)
+    [row] = assembled(ppo, one, advantages=[[0.5, -0.25]], check_coef=0.1)[1]
+    last = 0.5 + 0.1 - 2.0
+    first = 0.0 + 2.0 - 1.0 + 0.95 * last
+    np.testing.assert_allclose(acting(row, "advantages"), [first, last, -0.25 - 3.0], rtol=1e-6)
+    [other] = assembled(ppo, dict(one, rewards=[0.0, 100.0]), advantages=[[0.5, -0.25]], check_coef=0.1)[1]
+    assert other["advantages"] == row["advantages"], "extrinsic rewards reach the worker through the manager alone"
+
+
+def test_the_managers_turns_are_in_the_order_of_samples_and_say_how_each_conversation_ended() -> None:
+    features = np.arange(12, dtype=np.float32).reshape(6, 2)
+    step = option_step(
+        ids=[9, 4, 7],
+        options=[[1], [0, 2], [1, 1, 0]],
+        rewards=[[0.5], [1.0, 2.0], [0.0, 0.0, 3.0]],
+        features=[features[:1], features[1:3], features[3:]],
+        after=[[7.0, 8.0], [], []],
+    )
+    table = Turns(manager_turns(*step, 3)).table.to_pydict()
+    assert table["sample_id"] == [4, 4, 7, 7, 7, 9]
+    assert table["turn"] == [0, 1, 0, 1, 2, 0]
+    assert table["option"] == [0, 2, 1, 1, 0, 1]
+    assert table["reward"] == [1.0, 2.0, 0.0, 0.0, 3.0, 0.5]
+    assert table["terminated"] == [False, True, False, False, True, False]
+    assert table["truncated"] == [False, False, False, False, False, True]
+    assert table["last_features"] == [[], [], [], [], [], [7.0, 8.0]]
+    np.testing.assert_array_equal(table["features"], [*features[1:3], *features[3:], features[0]])
+
+
+def option_step(
+    *,
+    ids: list[int],
+    options: list[list[int]],
+    rewards: list[list[float]],
+    features: list[np.ndarray],
+    after: list[list[float]],
+) -> tuple[pa.Table, pa.ChunkedArray]:
+    """Rollouts whose turns have one token each, and the rewards of the turns."""
+    turns = [len(own) for own in options]
+    rollouts = Rollouts.of(
+        {
+            "sample_id": ids,
+            "group_id": ids,
+            "tokens": [[1] * (1 + count) for count in turns],
+            "action_mask": [[False] + [True] * count for count in turns],
+            "logprobs": [[0.0] * (1 + count) for count in turns],
+            "versions": [[0] * (1 + count) for count in turns],
+            "turn_starts": [list(range(1, 1 + count)) for count in turns],
+            "option": options,
+            "option_logprobs": [[-1.0] * count for count in turns],
+            "option_features": [own.ravel() for own in features],
+            "options_offered": [[True] * 3 * count for count in turns],
+            "last_features": after,
+            "finish": ["stop"] * len(ids),
+            "metadata": ["{}"] * len(ids),
+        }
+    ).table
+    return rollouts, pa.chunked_array([pa.array(rewards, pa.list_(pa.float32()))])
