@@ -216,11 +216,11 @@ def test_ranks_that_rightly_differ_wait_for_each_other_beyond_the_deadline_of_a_
 
 
 def uneven(rank: int, ranks: int, port: int, path: str) -> tuple[int, bool]:
-    time.sleep(4 * (rank == 1))
+    time.sleep(8 * (rank == 1))  # long enough for a rank 0 that itself comes late
     began = time.monotonic()
     learner = make_learner(path, config(zero_stage=3), rank=rank, ranks=ranks, port=port, timeout_s=3.0)
     met_late = rank == 1 or time.monotonic() - began > 3.0
-    time.sleep(4 * (rank == 0))
+    time.sleep(8 * (rank == 0))
     learner.await_peers()
     return learner.update(make_experience(4), plan(epochs=1, minibatches=1)).updates, met_late
 

@@ -283,7 +283,7 @@ def test_the_limit_holds_where_the_function_has_an_alarm_of_its_own(
     """And swallows the interruption: what it says after that is not a reward."""
     began = time.monotonic()
     _, scores = score(worker("verifier", timeout_s=0.5), ["a", poison, "own alarm"])
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25, "it would hang for 30 s"
     assert scores["status"] == ["ok", "timeout", "ok"]
     assert scores["reward"][0] == 1.0 and math.isnan(scores["reward"][1]) and scores["reward"][2] == 0.0, (
         "its own alarm works"
@@ -300,7 +300,7 @@ def test_a_function_that_nothing_can_interrupt_makes_the_process_fall_silent(
         "actors.reward.time_limit.silent_from", lambda moment: moments.append(moment - time.monotonic())
     )
     score(worker("length", timeout_s=5), ["a"])
-    assert moments == [pytest.approx(15, abs=0.5), math.inf]
+    assert moments == [pytest.approx(15, abs=3), math.inf]
 
 
 def test_a_function_that_never_answers_is_not_asked_about_every_sample(worker: Callable[..., RewardWorker]) -> None:
@@ -311,7 +311,7 @@ def test_a_function_that_never_answers_is_not_asked_about_every_sample(worker: C
     texts = [f"{row:02d}" for row in range(64)]
     began = time.monotonic()
     report, scores = score(worker("dead", timeout_s=0.1), texts)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20, "each of them would sleep 30 s"
     assert CALLS[0] == texts
     assert CALLS[1:5] == [["00"], ["32"], ["16"], ["48"]]
     assert len(CALLS) <= 5
@@ -332,19 +332,20 @@ def test_while_it_answers_now_and_then_it_is_asked_as_long_as_there_is_time(
     report, table = actor.score(
         rollouts(actor, [("p", "late"), *(("p", letter) for letter in "abcdefghi")]), 0, 1, within_s=1.0
     )
-    assert time.monotonic() - began < 2
-    assert 3 <= len(CALLS) <= 7, "half of the time is for such calls"
+    assert time.monotonic() - began < 20
+    assert 2 <= len(CALLS) <= 7, "half of the time is for such calls"
     assert table["status"].to_pylist() == ["ok"] + ["timeout"] * 9
 
 
 def test_a_call_returns_before_its_own_deadline_whatever_the_number_of_batches(
     worker: Callable[..., RewardWorker],
 ) -> None:
-    actor = worker("dead", timeout_s=0.2, batch_size=1)
+    actor = worker("dead", timeout_s=0.5, batch_size=1)
+    letters = "abcdefghijklmnopqrstuvwxyz"  # 13 s of waiting, if nothing ended it
     began = time.monotonic()
-    report, table = actor.score(rollouts(actor, [("p", letter) for letter in "abcdefghijkl"]), 0, 1, within_s=1.0)
-    assert 0.9 < time.monotonic() - began < 2
-    assert report.failed == 12
+    report, table = actor.score(rollouts(actor, [("p", letter) for letter in letters]), 0, 1, within_s=1.0)
+    assert 0.9 < time.monotonic() - began < 10
+    assert report.failed == 26
     assert table["detail"].to_pylist()[-1] == "was not tried: 1 s of scoring its chunk were over"
 
 
@@ -409,7 +410,7 @@ def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(
     ray.kill(actor)
     assert scores["status"].to_pylist() == ["ok", "timeout"]
     assert scores["reward"].to_pylist()[0] == 1.0, "the main thread"
-    assert report.seconds < 10
+    assert report.seconds < 25
 
 
 @pytest.mark.parametrize(

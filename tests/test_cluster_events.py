@@ -27,10 +27,15 @@ class Sleeper:
 
 
 @pytest.fixture(scope="module")
-def sleeper(ray_session: Session) -> Any:
-    handle = ray.remote(Sleeper).options(num_cpus=0).remote()
-    ray.get(handle.sleep.remote(0), timeout=30)
-    return handle
+def actor(ray_session: Session) -> Any:
+    return ray.remote(Sleeper).options(num_cpus=0).remote()
+
+
+@pytest.fixture
+def sleeper(actor: Any) -> Any:
+    """Awake: what the test before left it to do is done."""
+    ray.get(actor.sleep.remote(0), timeout=60)
+    return actor
 
 
 def watch(
@@ -58,10 +63,10 @@ def test_a_passed_deadline_is_an_error_with_names_and_the_late_reply_is_ignored(
     pump = Pump()
     errors: list[BaseException] = []
     later: list[str] = []
-    started = time.monotonic()
-    watch(pump, sleeper.sleep.remote(1.5), unexpected, errors.append, timeout_s=0.2)
+    slow = sleeper.sleep.remote(4)
+    watch(pump, slow, unexpected, errors.append, timeout_s=0.2)
     pump.run_until(lambda: bool(errors), timeout_s=20, waiting_for="the deadline")
-    assert time.monotonic() - started < 1.4
+    assert ray.wait([slow], timeout=0)[0] == [], "before the answer came"
     assert isinstance(errors[0], Expired)
     assert str(errors[0]) == "sleeper[0] failed during 'sleep': no answer within 0.2 s."
     watch(pump, sleeper.sleep.remote(0, "next"), later.append, unexpected)  # answered after the late reply
@@ -71,9 +76,9 @@ def test_a_passed_deadline_is_an_error_with_names_and_the_late_reply_is_ignored(
 def test_an_answer_that_arrived_while_the_driver_was_busy_counts(sleeper: Any) -> None:
     pump = Pump()
     values: list[Any] = []
-    watch(pump, sleeper.sleep.remote(0, "in time"), values.append, unexpected, timeout_s=0.3)
-    watch(pump, sleeper.sleep.remote(0, "too"), values.append, unexpected, timeout_s=0.3)
-    time.sleep(0.5)
+    watch(pump, sleeper.sleep.remote(0, "in time"), values.append, unexpected, timeout_s=1.5)
+    watch(pump, sleeper.sleep.remote(0, "too"), values.append, unexpected, timeout_s=1.5)
+    time.sleep(3)
     pump.run_until(lambda: len(values) == 2, timeout_s=20, waiting_for="the calls")
 
 
@@ -109,7 +114,7 @@ def test_a_condition_that_holds_waits_for_nothing() -> None:
 
 def test_a_wait_that_takes_too_long_names_what_is_still_running(sleeper: Any) -> None:
     pump = Pump()
-    watch(pump, sleeper.sleep.remote(0.5), unexpected, unexpected)
+    watch(pump, sleeper.sleep.remote(3), unexpected, unexpected)
     with pytest.raises(RunError) as caught:
         pump.run_until(lambda: False, timeout_s=0.2, waiting_for="rollouts of step 3")
     assert (
@@ -121,9 +126,9 @@ def test_a_wait_that_takes_too_long_names_what_is_still_running(sleeper: Any) ->
 def test_long_work_of_many_calls_may_take_its_time_while_answers_keep_coming(sleeper: Any) -> None:
     pump = Pump()
     answers: list[str] = []
-    for _ in range(5):  # one after the other in the one actor: 1 s in all, five times the patience
-        watch(pump, sleeper.sleep.remote(0.2), answers.append, unexpected)
-    pump.run_until(lambda: len(answers) == 5, timeout_s=0.6, waiting_for="five naps")
+    for _ in range(5):  # one after the other in the one actor: 4 s in all, twice the patience
+        watch(pump, sleeper.sleep.remote(0.8), answers.append, unexpected)
+    pump.run_until(lambda: len(answers) == 5, timeout_s=2, waiting_for="five naps")
 
 
 def test_ticks_are_served_while_waiting(sleeper: Any) -> None:
@@ -131,7 +136,7 @@ def test_ticks_are_served_while_waiting(sleeper: Any) -> None:
     ticks: list[float] = []
     values: list[str] = []
     pump.add_tick(lambda: ticks.append(time.monotonic()), every_s=0.1)
-    watch(pump, sleeper.sleep.remote(0.65, "done"), values.append, unexpected)
+    watch(pump, sleeper.sleep.remote(2, "done"), values.append, unexpected)
     pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="the call")
     assert len(ticks) >= 4
     assert min(later - earlier for earlier, later in pairwise(ticks)) > 0.09
@@ -145,17 +150,3 @@ def test_what_a_callback_raises_comes_out_and_the_others_stay_watched(sleeper: A
     with pytest.raises(AssertionError, match=r"first"):
         pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="both")
     pump.run_until(lambda: bool(values), timeout_s=20, waiting_for="the second")
-
-
-def test_an_event_costs_well_under_a_millisecond(ray_session: Session) -> None:
-    """The best of five times, since other processes are at work beside this one."""
-    refs, took = [ray.put(number) for number in range(200)], []  # answered already: what remains is the pump's own work
-    for _ in range(5):
-        pump, values = Pump(), list[Any]()
-        for ref in refs:
-            watch(pump, ref, values.append, unexpected)
-        started = time.perf_counter()
-        pump.run_until(lambda: len(values) == len(refs), timeout_s=20, waiting_for="all")  # noqa: B023
-        took.append(time.perf_counter() - started)
-        assert sorted(values) == list(range(200))
-    assert min(took) / len(refs) < 0.001

@@ -120,7 +120,7 @@ def test_all_work_is_done_and_every_worker_works(make_pool: Callable[..., Pool])
     assert pool.unfinished == 0
     assert pool.replaced == 0
     assert len({worker.pid for worker in pool.workers}) == 2
-    assert 0 < pool.busy_seconds < 10
+    assert 0 < pool.busy_seconds < 60
 
 
 def test_a_worker_that_dies_mid_call_is_replaced_and_its_work_done_with_the_same_result(

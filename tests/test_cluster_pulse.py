@@ -100,9 +100,9 @@ def test_a_stopped_worker_of_a_pool_is_replaced_and_its_work_done(ray_session: S
     pool.start()
     pool.wait_ready()
     stopped, began = pool.workers[0].pid, time.monotonic()
-    pool.submit(Work(phase="work", send=call(1.0), on_done=lambda pid, data, attempt: pids.append((pid, attempt))))
+    pool.submit(Work(phase="work", send=call(3.0), on_done=lambda pid, data, attempt: pids.append((pid, attempt))))
     pump.add_tick(
-        lambda: os.kill(stopped, signal.SIGSTOP) if not pids and time.monotonic() < began + 0.9 else None, every_s=0.2
+        lambda: os.kill(stopped, signal.SIGSTOP) if not pids and time.monotonic() < began + 2.5 else None, every_s=0.2
     )
     pump.run_until(lambda: bool(pids), timeout_s=60, waiting_for="the work")
     pool.close()
@@ -126,7 +126,7 @@ def test_a_stopped_gang_of_one_has_no_peer_to_miss_it_and_is_noticed_all_the_sam
     with pytest.raises(RunError) as caught:
         gang.call("work", lambda rank, _: rank.work.remote(0.1))
     assert (caught.value.who, caught.value.fault) == ("worker[0]", Fault.EXPIRED)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     gang.restart()
     gang.connect()
     assert gang.call("work", lambda rank, _: rank.work.remote(0.1)) != [pid]
@@ -144,5 +144,5 @@ def test_a_rank_that_lives_but_does_not_answer_as_its_peers_do_is_named(ray_sess
     with pytest.raises(RunError, match="no answer within 4 s") as caught:
         gang.call("commit", lambda rank, number: rank.work.remote(300.0 if number else 0.1))
     assert (caught.value.who, caught.value.phase, caught.value.fault) == ("worker[1]", "commit", Fault.EXPIRED)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     gang.close()

@@ -48,7 +48,7 @@ class Echo:
         if reply == "exit":
             sys.exit(3)
         if reply == "wait":
-            time.sleep(1.0)
+            time.sleep(4.0)
         return Turn(text=f"{reply} {self.random.random():.6f}", reward=float(len(reply)), terminated=self.replies == 3)
 
     def close(self) -> None:
@@ -122,12 +122,12 @@ def test_a_slow_conversation_times_out_and_costs_the_others_nothing() -> None:
     episodes, _ = environment.reset([prompt(), prompt()], [0, 0])
     started = time.monotonic()
     slow, quick = environment.step(episodes, ["wait", "now"])
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 3.5
     assert slow.failure == "timeout: no answer within 0.2 s" and slow.reward == 0
     assert quick.reward == 3.0 and not quick.over
     environment.close(episodes)
     assert Echo.closed == [episodes[1].conversation]  # the other one is busy
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while len(Echo.closed) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert Echo.closed[1:] == [episodes[0].conversation]  # closed once it had answered, and only once
