@@ -8,7 +8,7 @@ import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -80,6 +80,7 @@ class Letters(RandomWalks):
     """Prompts and demonstrations in letters that a byte tokenizer knows; few, so that examining them is quick."""
 
     reward = f"{HERE}:vowels"
+    measures: ClassVar[dict[str, str]] = {"short replies": f"{HERE}:short"}
 
     def demonstrations(self, split: Split) -> list[Demonstration]:
         return super().demonstrations(split)[:20]
@@ -94,6 +95,10 @@ class Wordless(RandomWalks):
 
 def vowels(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
     return [sum(letter in "aeiou" for letter in response.lower()) / max(len(response), 1) for response in responses]
+
+
+def short(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    return [float(len(response) < 8) for response in responses]
 
 
 # ---- the examiner, a plain class ----
@@ -448,6 +453,8 @@ def test_two_models_from_end_to_end_with_one_examiner_and_with_two(
     assert (found["prompts"], found["demonstrations"], len(found["best_of"]["kl"])) == (20, 20, 4)
     assert found["best_of"]["matched"][MODEL]["is_bound"], "two random models are further apart than best-of-4 goes"
     assert found["rewards"][RULE]["policy"] != found["rewards"][MODEL]["policy"]
+    shares = found["measures"]["short replies"]
+    assert 0 < shares["policy"]["mean"] < 1 and 0 < shares["baseline"]["mean"] < 1
     assert math.isfinite(found["tax"]["mean"])
     report = (out / "report.md").read_text()
     for said in (

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from evaluation_helpers import answers, evaluation, measured
 from pipeline.evaluation.results import Likelihood, assess, judged, side
 from pipeline.evaluation.statistics import Interval
-from pipeline.report.wording import left_out
+from pipeline.report.wording import left_out, rows
 
 NAN = math.nan
 
@@ -140,6 +141,22 @@ def test_without_one_prompt_whose_replies_are_all_scored_there_is_no_best_of_n_b
     assert found.best_of is None
     assert found.optimised.gain.mean == 1.0
     assert found.lacking == ("best-of-n (no prompt has a reward for every reply of the baseline)",)
+
+
+def test_what_a_task_measures_is_paired_and_judges_nothing() -> None:
+    """A prompt without a number on both sides is left out of the gain; a measure that has none at all is named."""
+    both = measured([[1.0, 3.0], [2.0, 2.0]], [[1.0], [1.0]])
+    ours = {"sentences": np.array([[1.0, 0.0], [1.0, 1.0]]), "silent": np.array([[NAN, NAN], [NAN, NAN]])}
+    theirs = {"sentences": np.array([[0.0], [NAN]]), "silent": np.array([[1.0], [1.0]])}
+    given = replace(both, policy=replace(both.policy, measures=ours), baseline=replace(both.baseline, measures=theirs))
+    found = assess(given, policy="policy", baseline="finetuned", best_of_n=1, seed=0)
+    assert list(found.judges) == ["rule"]
+    shares = found.measures["sentences"]
+    assert (shares.policy.mean, shares.baseline.mean, shares.gain.mean) == (0.75, 0.0, 0.5)
+    assert found.lacking == ("silent (measured for no prompt)",)
+    assert ("sentences", "0.0% (0.0% to 0.0%)", "75.0% (50.0% to 100.0%)") in rows(found)
+    assert found.record()["measures"]["sentences"]["gain"]["mean"] == 0.5
+    assert "measures" not in evaluation([[1.0]], [[0.0]]).record(), "nothing was measured"
 
 
 def test_the_record_is_plain_json() -> None:

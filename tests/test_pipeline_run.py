@@ -286,7 +286,8 @@ def test_the_whole_chain_by_the_command_line_is_stopped_while_it_compares_learns
     no other test stops it in, and then an evaluation of it. To the bit it ends as one does that nothing happens to.
     """
     run_dir = tmp_path / "run"
-    small = "--steps 2 --finetune.epochs 1 --batch.prompts 16 --model.layers 1 --model.width 32 --critic.start reward"
+    small = "--steps 2 --batch.prompts 16 --model.layers 1 --model.width 32 --critic.start reward"
+    tuned = "--finetune.epochs 1 --finetune.batch-size 64 --finetune.checkpoint-every 1000"
     shorter = "--sampling.max-new-tokens 16 --evaluation.prompts 12 --evaluation.samples 1 --evaluation.best-of 2"
     reward_model = "--reward-model.epochs 1 --reward-model.checkpoint-every 2 --reward-model.samples 4"
     log, learned, again = (
@@ -294,14 +295,23 @@ def test_the_whole_chain_by_the_command_line_is_stopped_while_it_compares_learns
         run_dir / "reward" / "metrics.jsonl",
         f"; to go on: raylign resume {run_dir}\n",
     )
-    start = ("quickstart", *small.split(), *shorter.split(), *reward_model.split(), "--run-dir", str(run_dir))
+    start = (
+        "quickstart",
+        *small.split(),
+        *tuned.split(),
+        *shorter.split(),
+        *reward_model.split(),
+        "--run-dir",
+        str(run_dir),
+    )
     out, said = stopped_once(lambda: says(log, "comparer[0] ready"), *start)
     assert "fine-tune 1/1" in out
     assert said == f"raylign: stopped by SIGTERM during 'compare sampled replies' (kept: fine-tuning){again}"
 
     out, said = stopped_once(lambda: says(learned, '"updates": 2'), "resume", str(run_dir))
     assert "fine-tune" not in out, "that was done"
-    assert "machine-made comparisons: of the replies sampled to 455 prompts, pipeline.tasks.smalltalk:sentiment" in out
+    rule = "pipeline.environments.world.task:expected_mood_gain"
+    assert f"machine-made comparisons: of the replies sampled to 600 prompts, {rule}" in out
     told = re.fullmatch(
         r"raylign: stopped by SIGTERM after update (\d+) of (\d+) of 'train the reward model', which is checkpointed"
         r"(.*\n)",
@@ -319,7 +329,14 @@ def test_the_whole_chain_by_the_command_line_is_stopped_while_it_compares_learns
         command("resume", str(run_dir)), capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment()
     )
     assert (end.returncode, end.stderr) == (0, ""), "nothing of Ray's or DeepSpeed's reaches the terminal"
-    for line in ("12 held-out prompts", "win rate by the rule", "best-of-", "saved in", "try next"):
+    for line in (
+        "12 held-out prompts",
+        "win rate by the rule",
+        "replies to the point",
+        "best-of-",
+        "saved in",
+        "try next",
+    ):
         assert line in end.stdout, line
     assert AutoTokenizer.from_pretrained(run_dir / "policy").eos_token == "<|endoftext|>"
     assert AutoModelForSequenceClassification.from_pretrained(run_dir / "reward-model").config.num_labels == 1

@@ -8,7 +8,7 @@ HELP, VERSION = ("-h", "--help"), ("-V", "--version")
 USAGE = """\
 raylign: reinforcement learning from human feedback for causal language models, on Ray
 
-  raylign quickstart                 the whole chain on embedded small talk: fine-tune, reward model, PPO, evaluation
+  raylign quickstart                 the whole chain in a small world: fine-tune, reward model, PPO, evaluation
   raylign run RECIPE                 every stage of a recipe: a TOML file, or one of those below
   raylign sft|reward|train RECIPE    its stages up to fine-tuning, the reward model, or reinforcement learning
   raylign plan RECIPE                what a recipe would run: processes, placement, memory, duration; starts nothing
@@ -47,7 +47,7 @@ _COMPARISON = {
 COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
     "quickstart": (
         "",
-        "the whole chain on embedded small talk: fine-tune, sample and compare, reward model, PPO, evaluation",
+        "the whole chain in a small world: fine-tune, sample and compare, reward model, PPO, evaluation",
         _RUN_OPTIONS,
     ),
     "run": ("RECIPE", "every stage of a recipe: a TOML file, or one of {recipes}", _RUN_OPTIONS),

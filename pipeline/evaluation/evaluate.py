@@ -44,7 +44,7 @@ from pipeline.evaluation.examiner import Examiner
 from pipeline.evaluation.results import Evaluation, assess
 from pipeline.evaluation.settings import EvaluationSettings
 from pipeline.observe.progress import Progress
-from pipeline.tasks.task import Demonstration, Task, demonstrations_of
+from pipeline.tasks.task import Demonstration, Task, demonstrations_of, measures_of
 
 MODEL, RULE = "reward model", "rule"  # names of the possible judges of a reply
 WHOLE, ENVIRONMENT = "environment and reward", "environment"  # and of a conversation
@@ -79,6 +79,12 @@ def judges_of_conversations(reward: RewardConfig) -> dict[str, RewardConfig]:
     """
     alone = reward.model_copy(update={"function": "", "model": ""})
     return ({WHOLE: reward} if alone != reward else {}) | {ENVIRONMENT: alone}
+
+
+def measures_by(reward: RewardConfig, task: Task) -> dict[str, RewardConfig]:
+    """Name -> configuration of each of the task's measures of a single reply. It is asked as a judge is."""
+    measures = measures_of(task).items()
+    return {name: reward.model_copy(update={"function": path, "model": ""}) for name, path in measures}
 
 
 def check_judges(judges: Mapping[str, RewardConfig]) -> None:
@@ -131,7 +137,8 @@ def evaluate(
     """Evaluate a policy against a baseline.
 
     policy, baseline: folders or hub names of two causal LMs with the same tokenizer. run_dir: the result names folders
-    relative to it. judges: name -> configuration, first the judge that the policy was trained on.
+    relative to it. judges: name -> configuration, first the judge that the policy was trained on. Single replies are
+    measured by the measures of the task besides.
 
     The same models, recipe and judges give the same numbers, to the bit. Raises ValueError when prompts do not fit the
     models, or when no prompt could be answered or no reply scored; RunError when an examiner fails.
@@ -161,8 +168,9 @@ def evaluate(
         pool.wait_ready()
         progress.rewind(0)
         judging = {name: judge.model_copy(update=gpus) for name, judge in judges.items()}
+        measures = {} if config.talk.name else measures_by(next(iter(judging.values())), config.task)
         examination = Examination(config, runtime, pool, progress, questions)
-        measured = examination.measure(policy, baseline, judging)
+        measured = examination.measure(policy, baseline, judging, measures)
     finally:
         pool.close()
         placed.remove()

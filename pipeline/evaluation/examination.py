@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -88,8 +89,16 @@ class Examination:
             if found
         )
 
-    def measure(self, policy: str, baseline: str, judges: Mapping[str, RewardConfig]) -> Measurements:
+    def measure(
+        self,
+        policy: str,
+        baseline: str,
+        judges: Mapping[str, RewardConfig],
+        measures: Mapping[str, RewardConfig] = MappingProxyType({}),
+    ) -> Measurements:
         """Measure both models, in the order in which a single examiner loads the fewest models.
+
+        measures: name -> configuration of what is asked about each reply as a judge is, and judges nothing.
 
         Raises ValueError when no prompt is left that both models could answer.
         """
@@ -107,12 +116,13 @@ class Examination:
         self.progress.advance(f"perplexity on {self.questions.demonstrations.num_rows} demonstrations")
         scores = {name: self._scores(name, judge, baseline, ours, theirs) for name, judge in judges.items()}
         self.progress.advance(f"scored by {' and '.join(judges)}")
+        shares = {name: self._scores(name, measure, baseline, ours, theirs) for name, measure in measures.items()}
         self.progress.phase("counting")
         rollouts = self._rollouts(ours)
         return Measurements(
             prompts=[prompt.strip() for prompt in codec.decode_prompts(prompts, special=False)],
-            policy=_answers(rollouts, {name: rewards for name, (rewards, _) in scores.items()}, codec),
-            baseline=_answers(self._rollouts(theirs), {name: rewards for name, (_, rewards) in scores.items()}, codec),
+            policy=_answers(rollouts, _side(scores, 0), _side(shares, 0), codec),
+            baseline=_answers(self._rollouts(theirs), _side(scores, 1), _side(shares, 1), codec),
             kl=_kl(rollouts, self._fetch(TokenLogprobs, nearby, self._left_out(ours.samples))).reshape(
                 len(prompts), -1
             ),
@@ -221,7 +231,14 @@ class Examination:
         return kind.concat(parts).without(without)
 
 
-def _answers(rollouts: Rollouts, rewards: Mapping[str, Floats], codec: TextCodec) -> Answers:
+def _side(scores: Mapping[str, tuple[Floats, Floats]], which: int) -> dict[str, Floats]:
+    """The scores of the policy (0) or of the baseline (1)."""
+    return {name: both[which] for name, both in scores.items()}
+
+
+def _answers(
+    rollouts: Rollouts, rewards: Mapping[str, Floats], measures: Mapping[str, Floats], codec: TextCodec
+) -> Answers:
     shape = next(iter(rewards.values())).shape  # (P, S)
     texts = transcripts(rollouts.table, codec)
     ended = np.array([finish == "stop" for finish in rollouts.table["finish"].to_pylist()])
@@ -230,6 +247,7 @@ def _answers(rollouts: Rollouts, rewards: Mapping[str, Floats], codec: TextCodec
         tokens=_row_sums(rollouts.table["action_mask"]).astype(np.int64).reshape(shape),
         ended=ended.reshape(shape),
         rewards=rewards,
+        measures=measures,
     )
 
 

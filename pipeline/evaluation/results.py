@@ -43,6 +43,7 @@ class Answers:
     tokens: npt.NDArray[np.int64]  # (P, S) length of each reply
     ended: npt.NDArray[np.bool_]  # (P, S) whether the reply ended by itself and was not cut off
     rewards: Mapping[str, Floats]  # judge -> (P, S), NaN where the reward failed
+    measures: Mapping[str, Floats] = field(default_factory=dict)  # measure -> (P, S), NaN where it failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,15 @@ class JudgeResult:
     gain: Interval
     win_rate: Interval
     failed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureResult:
+    """A share of the replies of both models, in [0, 1]. gain: policy minus baseline, paired by prompt."""
+
+    policy: Interval
+    baseline: Interval
+    gain: Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +166,8 @@ class Evaluation:
     rewards: dict[str, dict[str, list[list[float]]]] = field(repr=False)
     lacking: tuple[str, ...] = ()
     """What could not be computed, and why, one line each."""
+    measures: dict[str, MeasureResult] = field(default_factory=dict)
+    """What the task measures about each reply besides, by name."""
 
     @property
     def judge(self) -> str:
@@ -175,7 +187,8 @@ class Evaluation:
     def record(self) -> dict[str, Any]:
         """The record that is saved as JSON. JSON has neither NaN nor infinity; both become null."""
         found: dict[str, Any] = _plain({"prompts": len(self.replies), **asdict(self)})
-        return found if self.lacking else {key: value for key, value in found.items() if key != "lacking"}
+        absent = [name for name in ("lacking", "measures") if not found[name]]
+        return {key: value for key, value in found.items() if key not in absent}
 
 
 def assess(measured: Measurements, *, policy: str, baseline: str, best_of_n: int, seed: int) -> Evaluation:
@@ -191,6 +204,7 @@ def assess(measured: Measurements, *, policy: str, baseline: str, best_of_n: int
         lacking = (*lacking, "best-of-n (no prompt has a reward for every reply of the baseline)")
     ours, theirs, kl, likelihood = measured.policy, measured.baseline, measured.kl, measured.likelihood
     samples = ours.tokens.shape[1]
+    measures = _measured(ours.measures, theirs.measures, seed)
     perplexities = _perplexities(likelihood)
     return Evaluation(
         policy=policy,
@@ -207,7 +221,8 @@ def assess(measured: Measurements, *, policy: str, baseline: str, best_of_n: int
         demonstrations=len(likelihood.tokens) if likelihood else 0,
         excluded=likelihood.excluded if likelihood else 0,
         best_of=best,
-        lacking=lacking,
+        lacking=(*lacking, *(f"{name} (measured for no prompt)" for name in ours.measures if name not in measures)),
+        measures=measures,
         replies=[_reply(number, prompt, ours, theirs) for number, prompt in enumerate(measured.prompts)],
         rewards={
             name: {"policy": ours.rewards[name].tolist(), "baseline": theirs.rewards[name].tolist()}
@@ -244,6 +259,16 @@ def judged(policy: Floats, baseline: Floats, seed: int) -> JudgeResult:
         win_rate=bootstrap(win_rates(policy, baseline), seed),
         failed=int(np.isnan(policy).sum() + np.isnan(baseline).sum()),
     )
+
+
+def _measured(policy: Mapping[str, Floats], baseline: Mapping[str, Floats], seed: int) -> dict[str, MeasureResult]:
+    """The measures that have a number for some prompt of both models."""
+    found = {name: (prompt_means(ours), prompt_means(baseline[name])) for name, ours in policy.items()}
+    return {
+        name: MeasureResult(policy=bootstrap(ours, seed), baseline=bootstrap(theirs, seed), gain=bootstrap(gain, seed))
+        for name, (ours, theirs) in found.items()
+        if not np.isnan(gain := ours - theirs).all()
+    }
 
 
 def side(answers: Answers, samples: int, perplexity: float, seed: int) -> Side:

@@ -23,6 +23,8 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
         lines.append((f"win rate by the {name}", "", _share(judged.win_rate)))
         if judged.failed:
             lines.append((f"not scored by the {name}, left out", str(judged.failed), ""))
+    for name, measured in evaluation.measures.items():
+        lines.append((name, _share(measured.baseline), _share(measured.policy)))
     kl, a_token = evaluation.kl, evaluation.kl_per_token
     lines.append(("KL to the baseline, nats", "0", f"{kl.mean:.2f} ({kl.low:.2f} to {kl.high:.2f})"))
     lines.append(("KL per token, nats", "0", f"{a_token.mean:.3f} ({a_token.low:.3f} to {a_token.high:.3f})"))

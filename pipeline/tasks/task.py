@@ -8,7 +8,7 @@ Left out: streaming from disk. A task's texts fit in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -56,6 +56,8 @@ class Task(Protocol):
     Three more methods are optional: `comparisons(split)`, a list of `Comparison` that a reward model learns from;
     `shorter(prompt)`, ever shorter texts that may stand for a prompt with too many tokens; and `continuation(line)`,
     the text that follows a reply when the other side of a conversation says a line, which is `layout(line)` without it.
+    So is an attribute: `measures`, name -> import path of a function that an evaluation calls as it calls a reward
+    function, and that gives each reply a number in [0, 1], such as 1 if it is a sentence.
     """
 
     name: str
@@ -113,6 +115,12 @@ def comparisons_of(task: Task, split: Split) -> list[Comparison]:
 def shorter_of(task: Task) -> Callable[[str], Iterable[str]]:
     """The function that gives ever shorter texts for a prompt with too many tokens; of most tasks it gives none."""
     return getattr(task, "shorter", lambda prompt: ())
+
+
+def measures_of(task: Task) -> Mapping[str, str]:
+    """Name -> import path of each function that measures replies in an evaluation; of most tasks there is none."""
+    measures: Mapping[str, str] = getattr(task, "measures", {})
+    return measures
 
 
 def continuation_of(task: Task) -> Callable[[str], str]:

@@ -13,7 +13,7 @@ from pipeline.environments.world.layout import speaker_grammar
 from pipeline.environments.world.rules import EFFECTS, OPENING_MOODS, RUDE, SUBTASKS, Deed, State
 from pipeline.environments.world.topics import NOUNS
 
-WELL_CHOSEN, AT_RANDOM, IMPOLITE = 0.2, 0.7, 0.1  # shares of the ways it chooses a sub-task; their sum is 1
+WELL_CHOSEN, AT_RANDOM, IMPOLITE = 0.4, 0.5, 0.1  # shares of the ways it chooses a sub-task; their sum is 1
 TO_THE_POINT = 0.65
 
 

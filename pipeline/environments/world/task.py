@@ -17,7 +17,7 @@ import xxhash
 
 from actors.models.option_names import option_token
 from pipeline.environments.world.layout import deed_of, layout, read_scene, speaker_grammar
-from pipeline.environments.world.rules import MAX_REPLIES, SUBTASKS, expected_gain
+from pipeline.environments.world.rules import MAX_REPLIES, NO_SENTENCE, SUBTASKS, Deed, expected_gain
 from pipeline.environments.world.speaker import conversations
 from pipeline.tasks.smalltalk import BOT
 from pipeline.tasks.task import Demonstration, PromptText, Split
@@ -44,6 +44,13 @@ class WorldTask:
     conversations: Mapping[Split, int] = CONVERSATIONS
     most_replies = MOST_REPLIES
     reward = "pipeline.environments.world.task:expected_mood_gain"
+    measures: Mapping[str, str] = MappingProxyType(
+        {
+            "replies that are sentences": "pipeline.environments.world.task:are_sentences",
+            "replies to the point": "pipeline.environments.world.task:are_to_the_point",
+            "replies that suit the mood": "pipeline.environments.world.task:suit_the_mood",
+        }
+    )
 
     def build_tokenizer(self, folder: Path, vocabulary: int) -> None:
         """Save a tokenizer with one token for each word; it ignores `vocabulary`."""
@@ -117,6 +124,28 @@ def expected_mood_gain(prompts: list[str], responses: list[str], metadata: list[
     It is exact, by the rules of the world. Raises ValueError for a prompt that does not end with a line of the partner.
     """
     return [_gain(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def are_sentences(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    """1 for each reply that the grammar can parse, else 0."""
+    return [float(_deed(*both).subtask != NO_SENTENCE) for both in zip(prompts, responses, strict=True)]
+
+
+def are_to_the_point(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    """1 for each reply that names the partner's topic, else 0."""
+    return [float(_deed(*both).to_the_point) for both in zip(prompts, responses, strict=True)]
+
+
+def suit_the_mood(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    """1 for each reply that can lift the partner's mood, else 0."""
+    return [
+        float(expected_gain(read_scene(prompt).state, _deed(prompt, response)) > 0)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def _deed(prompt: str, response: str) -> Deed:
+    return deed_of(response, read_scene(prompt).noun)
 
 
 def _gain(prompt: str, response: str) -> float:
