@@ -24,7 +24,7 @@ _roots: list[str] = []  # of this process, as sys.path is
 
 def use_roots(folders: Sequence[str]) -> None:
     """Search these folders for modules, in this order, after the program's own; here and in later workers."""
-    own = _own_root()
+    own = own_root()
     sys.path.insert(0, own)
     try:
         for package in OWN:
@@ -48,7 +48,7 @@ def job_config() -> JobConfig | None:
     """
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return None
-    own = _own_root()
+    own = own_root()
     if own in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) and not _is_shadowed(Path.cwd()):
         return None  # workers find it where they find Ray
     from ray.job_config import JobConfig
@@ -61,7 +61,8 @@ def job_config() -> JobConfig | None:
     return OwnFirst()
 
 
-def _own_root() -> str:
+def own_root() -> str:
+    """The folder in which the program's own packages lie."""
     return str(Path(__file__).resolve().parents[1])
 
 

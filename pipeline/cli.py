@@ -60,6 +60,8 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
         print("\nits settings:\n")
     try:
         use_roots([_here()])  # import paths of a user's code begin in the current folder or the recipe's
+        if arguments[0] == "submit":
+            return _submit(arguments[1:])
         command = parse(arguments)
     except ValueError as error:
         print(f"raylign: {error}", file=sys.stderr)
@@ -114,6 +116,28 @@ def _carry_out(command: Command, console: Console, stop: StopRequest) -> int:
         case _:
             return _run_stages(command, console, stop)
     return 0
+
+
+def _submit(arguments: list[str]) -> int:
+    """Submit a run to a cluster, or attach to one; returns its exit code. However this ends, the job goes on."""
+    from cluster.faults import RunError
+
+    try:
+        from pipeline.arguments.submission import parse_submission
+        from pipeline.submission.submit import carry_out
+
+        return carry_out(parse_submission(arguments), _say, _write)
+    except (ValueError, RunError) as error:
+        print(f"raylign: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _say(line: str) -> None:
+    print(f"raylign submit: {line}", flush=True)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _run_stages(command: Command, console: Console, stop: StopRequest) -> int:

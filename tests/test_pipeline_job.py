@@ -1,4 +1,6 @@
-"""`ray job submit` against a head with token authentication: a good job ends well, a failing job fails."""
+"""Jobs of a head with token authentication, by `raylign submit` and by `ray job submit`: a good job ends well, a
+failing job fails, a stopped one has committed, and the same submitted again goes on.
+"""
 
 from __future__ import annotations
 
@@ -132,54 +134,95 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
+def raylign_submit(
+    environment: dict[str, str], tree: Path, *arguments: str, until: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """until: words of its output at which it is told to end."""
+    address = ["--address", environment["RAY_ADDRESS"]]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "submit", *arguments, *address],
+        env=environment | {"RAY_ADDRESS": "http://127.0.0.1:1"},  # which Ray would prefer
+        cwd=tree,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    seen = ""
+    if until:
+        assert process.stdout is not None
+        for line in process.stdout:
+            seen += line
+            if until in line:
+                process.terminate()
+                break
+    out, error = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(arguments, process.returncode, seen + out, error)
+
+
 @pytest.mark.slow
 def test_a_failing_job_fails(head: dict[str, str], tree: Path, tmp_path: Path) -> None:
-    out = submit(
-        head, tree, "train", "walks", *TINY, "--reward.function", "nowhere:nothing", "--run-dir", str(tmp_path / "run")
-    )
+    bad = ("walks", *TINY, "--reward.function", "nowhere:nothing", "--run-dir", str(tmp_path / "run"))
+    out = submit(head, tree, "train", *bad)
     assert out.returncode == 1
     assert "reward.function" in out.stdout
     relative = submit(head, tree, "train", "walks", *TINY)
     assert relative.returncode == 1
     assert "--run-dir: must be an absolute path in a Ray job" in relative.stdout
 
+    out = raylign_submit(head, tree, *bad, "--python", sys.executable)
+    assert (out.returncode, out.stderr) == (2, ""), "the exit code of its driver"
+    assert "reward.function" in out.stdout
+    assert f"raylign submit: job {out.stdout.split('raylign submit: job ')[1].split(' ')[0]}: failed" in out.stdout
+
+    nobody = {key: value for key, value in head.items() if not key.startswith("RAY_AUTH")}
+    out = raylign_submit(nobody, tree, *bad)
+    assert (out.returncode, out.stdout) == (1, "")
+    assert "asks for a token, and this one is none or a wrong one" in out.stderr
+    assert "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in out.stderr
+
 
 @pytest.mark.slow
-def test_a_stopped_job_has_committed_and_another_job_goes_on(head: dict[str, str], tree: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_has_committed_and_the_same_submitted_again_goes_on(
+    head: dict[str, str], tree: Path, tmp_path: Path
+) -> None:
     # a file the installed copy lacks: the handshake compares it on every worker
     (tree / "pipeline" / "shipped.py").write_text("")
     run_dir = tmp_path / "run"
-    many = [*TINY, "--steps", "2000", "--commit-every", "3", "--rollout.workers", "2", "--cluster.cpus-per-bundle", "0"]
-    begun = submit(
-        head,
-        tree,
-        "train",
-        "walks",
-        *many,
-        "--run-dir",
-        str(run_dir),
-        options=("--no-wait", "--submission-id", "night"),
+    shape = ("--commit-every", "3", "--rollout.workers", "2", "--cluster.cpus-per-bundle", "0")
+    many = ("walks", *TINY, *shape, "--until", "train", "--run-dir", str(run_dir), "--python", sys.executable)
+    begun = raylign_submit(head, tree, *many, "--no-wait", "--steps", "2000")
+    assert (begun.returncode, begun.stderr) == (0, "")
+    assert (
+        f"raylign submit: follow it: raylign submit {run_dir} --address {head['RAY_ADDRESS']} --attach" in begun.stdout
     )
-    assert begun.returncode == 0, begun.stdout + begun.stderr
-    await_words(run_dir / "log" / "driver.log", "committed step=00000003")
-    assert job(head, "stop", "night").returncode == 0
-    await_words(run_dir / "log" / "driver.log", "stopped by SIGTERM")
-    newest = max(
-        int(folder.name[5:13]) for folder in (run_dir / "checkpoints").iterdir() if (folder / "commit.json").is_file()
-    )
-    out = submit(head, tree, "resume", str(run_dir), "--steps", str(newest + 2), "--allow-change", "steps")
+    other = raylign_submit(head, tree, *many, "--steps", "2001")
+    assert other.returncode == 2
+    assert "is at work with other settings; stop it first" in other.stderr
+    followed = raylign_submit(head, tree, str(run_dir), "--attach", until="reinforce 4/2000")
+    assert followed.returncode == 143
+    assert "goes on. To follow it again: raylign submit" in followed.stdout
+    stopped = raylign_submit(head, tree, str(run_dir), "--stop")
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert "To go on, submit the same again" in stopped.stdout
+    assert "stopped by SIGTERM" in (run_dir / "log" / "driver.log").read_text()
+    newest = newest_commit(run_dir)
+    assert newest >= 3
+
+    again = raylign_submit(head, tree, *many, "--steps", "2000", until=f"reinforce {newest + 1}/2000")
+    assert again.returncode == 143
+    assert f"resumed from commit step={newest:08d}-epoch=0001" in again.stdout
+    assert raylign_submit(head, tree, str(run_dir), "--stop").returncode == 0
+    last = newest_commit(run_dir) + 2
+    out = submit(head, tree, "resume", str(run_dir), "--steps", str(last), "--allow-change", "steps")
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-2000:]
-    assert f"resumed from commit step={newest:08d}-epoch=0001" in out.stdout
-    assert "succeeded" in out.stdout
-    assert f"reinforce {newest + 2}/{newest + 2}" in out.stdout
+    assert f"reinforce {last}/{last}" in out.stdout and "succeeded" in out.stdout
     assert (run_dir / "policy" / "model.safetensors").is_file()
     cpus = [epoch.config["cluster"]["cpus_per_bundle"] for epoch in read_history(run_dir)]
-    assert cpus == [2, 2], "of the head's four CPUs, whatever the machine has that the driver runs on"
+    assert cpus == [2, 2, 2], "of the head's four CPUs, whatever the machine has that the driver runs on"
     assert load(run_dir / "config.toml").cluster.cpus_per_bundle == 2
 
 
-def await_words(file: Path, words: str, timeout_s: float = 120) -> None:
-    until = time.monotonic() + timeout_s
-    while not (file.is_file() and words in file.read_text()):
-        assert time.monotonic() < until, f"no {words!r} in {file} within {timeout_s} s"
-        time.sleep(0.1)
+def newest_commit(run_dir: Path) -> int:
+    return max(
+        int(folder.name[5:13]) for folder in (run_dir / "checkpoints").iterdir() if (folder / "commit.json").is_file()
+    )

@@ -56,9 +56,8 @@ def parse(arguments: Sequence[str]) -> Command:
         return _parse_run(name, rest)
     if name == _EVALUATE:
         return _parse_evaluate(rest)
-    raise ValueError(
-        f"command: must be {', '.join((*_OF_RECIPE, *_OF_RUN))} or {_EVALUATE}, got {name!r}; see raylign --help"
-    )
+    known = ", ".join((*_OF_RECIPE, "submit", *_OF_RUN))
+    raise ValueError(f"command: must be {known} or {_EVALUATE}, got {name!r}; see raylign --help")
 
 
 def _parse_recipe(name: str, rest: list[str]) -> Command:
@@ -70,7 +69,7 @@ def _parse_recipe(name: str, rest: list[str]) -> Command:
             raise ValueError(f"recipe: `raylign {name}` needs one, a TOML file or one of {', '.join(bundled())}")
         recipe = rest.pop(0)
     program = "raylign quickstart" if name == "quickstart" else f"raylign {name} {recipe}"
-    parser = _parser(program, "[--run-dir DIR] [--section.field value ...]")
+    parser = settings_parser(program, "[--run-dir DIR] [--section.field value ...]")
     parser.add_argument("--run-dir", type=_path)
     known, overrides = parser.parse_known_args(rest)
     path = recipe_path(recipe)
@@ -89,12 +88,12 @@ def _parse_run(name: str, rest: list[str]) -> Command:
             "makes one"
         )
     if name == "resume":
-        parser = _parser(program, "[--allow-change KEY ...] [--section.field value ...]")
+        parser = settings_parser(program, "[--allow-change KEY ...] [--section.field value ...]")
         parser.add_argument("--allow-change", nargs="+", action="extend", default=[])
         known, overrides = parser.parse_known_args(rest)
         config = configuration(recipe, known.algorithm, overrides, program)
         return Command(name=name, run_dir=run_dir, config=config, allowed=tuple(known.allow_change))
-    parser = _parser(program, "--step N" if name == "replay" else "")
+    parser = settings_parser(program, "--step N" if name == "replay" else "")
     if name == "replay":
         parser.add_argument("--step", type=int, required=True)
     step = getattr(parser.parse_args(rest), "step", 0)
@@ -121,7 +120,7 @@ def _parse_evaluate(rest: list[str]) -> Command:
             "raylign evaluate RECIPE --policy DIR --baseline DIR"
         )
     program = "raylign evaluate TARGET"
-    parser = _parser(
+    parser = settings_parser(
         program, "[--policy DIR] [--baseline DIR] [--reward-model DIR] [--out DIR] [--section.field value ...]"
     )
     for option in ("--policy", "--baseline", "--reward-model"):
@@ -149,7 +148,8 @@ def _path(given: str) -> Path:
     return Path(expand(given))
 
 
-def _parser(program: str, usage: str) -> argparse.ArgumentParser:
+def settings_parser(program: str, usage: str) -> argparse.ArgumentParser:
+    """A parser of a command's own options; what it leaves are settings of the recipe, if `usage` has them."""
     parser = argparse.ArgumentParser(prog=program, usage=f"{program} {usage}", add_help=False, allow_abbrev=False)
     if "--section.field" in usage:
         parser.add_argument("--algorithm.name", dest="algorithm", default="")  # decides which other settings there are

@@ -13,6 +13,8 @@ raylign: reinforcement learning from human feedback for causal language models, 
   raylign sft|reward|train RECIPE    its stages up to fine-tuning, the reward model, or reinforcement learning
   raylign plan RECIPE                what a recipe would run: processes, placement, memory, duration; starts nothing
 
+  raylign submit RECIPE              a run as a job of a Ray cluster, followed to its end; again: attach, or go on
+
   raylign resume RUN_DIR             go on with a run that was stopped or broke off, from its last commit
   raylign ledger RUN_DIR             the account of a run: what became of every sample
   raylign replay RUN_DIR --step N    compute a step again from its logged experience and compare with what was recorded
@@ -44,6 +46,18 @@ _COMPARISON = {
     "--out DIR": "where the result is written; default a new folder in the run's, or in runs/",
     "--section.field value": "override a setting, such as --evaluation.prompts 100",
 }
+_SUBMISSION = {
+    "--address URL": "the dashboard of the cluster, http://HEAD:8265",
+    "--run-dir DIR": "an absolute path on the cluster, which all its nodes see; submitted again, the run goes on there",
+    "--until STAGE": "run (everything, the default), sft, reward or train",
+    "--no-wait": "return once the job is submitted",
+    "--attach": "TARGET is a run folder: follow its job to the end. Ctrl-C leaves the job alone",
+    "--stop": "TARGET is a run folder: stop its job, which commits first",
+    "--python PATH": "the interpreter on the cluster; default python",
+    "--driver-cpus N": "CPUs of the node that the job's driver is placed on; default: the head",
+    "--driver-label KEY=VALUE ...": "labels of that node, such as market-type=on-demand",
+    "--section.field value": "override a setting of the recipe",
+}
 COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
     "quickstart": (
         "",
@@ -58,6 +72,11 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
         "RECIPE",
         "what a recipe would run: processes, placement, batch arithmetic, memory; starts nothing",
         _RUN_OPTIONS,
+    ),
+    "submit": (
+        "RECIPE|RUN_DIR",
+        "a run as a job of a Ray cluster: send this folder, follow the log, exit as the job does",
+        _SUBMISSION,
     ),
     "resume": (
         "RUN_DIR",

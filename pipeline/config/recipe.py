@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,12 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, every default spelled out."""
-    Folder(path.parent).write_text(path.name, tomli_w.dumps(config.model_dump(mode="json")))
+    Folder(path.parent).write_text(path.name, as_toml(config.model_dump(mode="json")))
+
+
+def as_toml(values: Mapping[str, Any]) -> str:
+    """The text of a recipe with these values."""
+    return tomli_w.dumps(values)
 
 
 def absolute(model: str) -> str:

@@ -1,0 +1,1 @@
+"""Submission: a run as a job of a cluster."""
