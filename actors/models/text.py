@@ -102,6 +102,12 @@ class TextCodec:
         whole = self._decode([[*ids, *self._known(row)] for row in rows], special=special)
         return [text.removeprefix(mark) for text in whole]
 
+    def without_special(self, text: str) -> str:
+        """The text without the names of special tokens, which would be tokens in a prompt."""
+        while self._special is not None and (rest := self._special.sub("", text)) != text:
+            text = rest  # what is left may join to another name
+        return text
+
     def shortened(self, ids: Ids, room: int) -> Ids:
         """The last `room` tokens of a sequence that is too long, the tokenizer's prefix included if it fits."""
         begin = self.prefix if len(self.prefix) < room and ids[: len(self.prefix)] == self.prefix else []
