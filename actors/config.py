@@ -15,6 +15,7 @@ MOST_TOKENS = 2**31 - 1  # of one sequence, because positions have 32 bits
 MOST_SAMPLES = 65_536  # of one prompt, because sample ids have 63 bits
 OPTION_NAME = r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*"  # what every normaliser and chat template leaves alone
 MOST_TURNS = 1024  # of one conversation
+MODEL_PARTNER = "model-partner"  # name of the environment that is a language model
 DtypeChoice = Literal["float32", "bfloat16", "auto"]
 """A dtype, or auto: bfloat16 where the device has arithmetic for it, else float32.
 
@@ -55,7 +56,16 @@ class EnvironmentConfig(Config):
     """The other side of conversations. Without a name, a rollout is one reply to a prompt."""
 
     name: str = ""
-    """world, twenty-questions, or your own as `package.module:name`: a class or function that makes an environment."""
+    """world, twenty-questions, model-partner, or your own as `package.module:name`.
+
+    Your own is a class or function that makes an environment.
+    """
+
+    partner: PathOrName = ""
+    """Folder or hub name of a causal LM with its tokenizer that talks with the policy, and never learns.
+
+    For model-partner, or an environment of your own that is made with it.
+    """
 
     max_turns: int = Field(default=8, ge=1, le=MOST_TURNS)
     """Most replies of the policy in a conversation; the environment may end it earlier."""

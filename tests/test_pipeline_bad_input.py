@@ -413,7 +413,8 @@ RAISED = "but it raised ZeroDivisionError: division by zero"
 NEXT: dict[str, Row] = {
     "no such environment": (
         f"{NEW} --environment.name wrold",
-        "environment: must be one of world, twenty-questions or an import path package.module:name, got 'wrold'",
+        "environment: must be one of world, twenty-questions, model-partner or an import path package.module:name, "
+        "got 'wrold'",
     ),
     "an environment in no module": (
         f"{NEW} --environment.name nowhere:Games",

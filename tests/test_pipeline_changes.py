@@ -68,9 +68,16 @@ def test_data_or_models_that_differ_are_listed_and_may_be_allowed() -> None:
         "heldout": "b",
         "model weights": "c",
         "reward model ends": "[2]",
+        "partner model weights": "g",
         "of an older release": "d",
     }
-    now = before | {"heldout": "e", "model weights": "f", "reward model ends": "[3]", "of a newer release": "g"}
+    now = before | {
+        "heldout": "e",
+        "model weights": "f",
+        "reward model ends": "[3]",
+        "partner model weights": "h",
+        "of a newer release": "g",
+    }
     del now["of an older release"]
     with pytest.raises(ValueError, match="data and models must hold what they held") as caught:
         check_data_changes(before, now, ["data"])
@@ -81,28 +88,42 @@ def test_data_or_models_that_differ_are_listed_and_may_be_allowed() -> None:
         "--allow-change model",
         "  reward model ends: [2] -> [3]   is used only if its weights are those that the commits were made from: "
         "--allow-change model",
+        "  partner model weights: g -> h   changes the course of the run from here on; what is done stays as it is: "
+        "--allow-change model",
     ]
     assert remedy == "Put the files back as they were, allow it, or begin a new run with `raylign run`."
     said = check_data_changes(before, now, ["data", "model"])
     assert said[0] == "heldout: b -> e, which changes the course of the run from here on; what is done stays as it is"
-    assert len(said) == 3
+    assert len(said) == 4
     assert check_data_changes(before, before, ()) == []
 
 
 def test_a_path_may_change_where_what_it_names_is_the_same() -> None:
-    run = changed(data={"prompts": "new.jsonl"}, model={"path": "/new"}, reward={"model": "/new-judge"})
+    run = changed(
+        data={"prompts": "new.jsonl"},
+        model={"path": "/new"},
+        reward={"model": "/new-judge"},
+        environment={"partner": "/new-partner"},
+    )
     before = BEFORE | {
         "data": BEFORE["data"] | {"prompts": "old.jsonl"},
         "model": BEFORE["model"] | {"path": "/old"},
         "reward": BEFORE["reward"] | {"model": "owner/judge"},
+        "environment": BEFORE["environment"] | {"partner": "/old-partner"},
     }
     paths = paths_changed(before, run)
-    assert paths == {"data.prompts": "old.jsonl", "model.path": "/old", "reward.model": "owner/judge"}
-    then = {"prompts": "a", "heldout": "b", "model weights": "c"}
+    assert paths == {
+        "data.prompts": "old.jsonl",
+        "model.path": "/old",
+        "reward.model": "owner/judge",
+        "environment.partner": "/old-partner",
+    }
+    then = {"prompts": "a", "heldout": "b", "model weights": "c", "partner model weights": "p"}
     now = then | {"reward model weights": "d"}
     same = moved(paths, then, now)
-    assert same == {"data.prompts": "old.jsonl", "model.path": "/old"}, "the hub's judge had no checksum"
-    assert moved(paths, then, now | {"heldout": "e", "model ends": "[0]"}) == {}
+    here = {"data.prompts": "old.jsonl", "model.path": "/old", "environment.partner": "/old-partner"}
+    assert same == here, "the hub's judge had no checksum"
+    assert moved(paths, then, now | {"heldout": "e", "model ends": "[0]", "partner model weights": "q"}) == {}
     with pytest.raises(ValueError, match="differ") as caught:
         check_changes(before, run, (), same)
     text = str(caught.value)

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from actors.config import MODEL_PARTNER
 from pipeline.environments import lockstep
 from pipeline.environments.checks import CheckedEnvironment, check_turn
 from pipeline.environments.environment import Environment, Turn
 from pipeline.environments.lockstep import Lockstep
+from pipeline.environments.model_partner import PartnerSpec
 from pipeline.environments.registry import ENVIRONMENTS, load_environment, load_partner
 from pipeline.tasks.task import PromptText
 
@@ -286,13 +288,17 @@ def test_an_environment_and_a_partner_are_loaded_by_import_path() -> None:
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_those_of_the_package_are_environments(name: str) -> None:
-    assert isinstance(load_environment(name), Environment)
+    partner = PartnerSpec(path="nowhere") if name == MODEL_PARTNER else None
+    assert isinstance(load_environment(name, partner), Environment)
 
 
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("word", "must be one of world, twenty-questions or an import path package.module:name, got 'word'"),
+        (
+            "word",
+            "must be one of world, twenty-questions, model-partner or an import path package.module:name, got 'word'",
+        ),
         ("nothing_here:x", "must be importable"),
         ("test_pipeline_environments_protocol:scripted", "without reset, step, close"),
         ("test_pipeline_environments_protocol:broken", "but it raised KeyError: 'no such setting'"),
@@ -308,6 +314,7 @@ def test_what_is_no_environment_is_refused_in_one_line(name: str, fault: str) ->
 def test_the_room_needs_neither_torch_nor_ray() -> None:
     code = (
         "import sys; from pipeline.environments.registry import load_environment as load; load('world');"
+        "from pipeline.environments.model_partner import PartnerSpec; load('model-partner', PartnerSpec(path='x'));"
         "load('twenty-questions'); print(sorted({'torch', 'ray', 'gymnasium', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

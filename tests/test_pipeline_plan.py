@@ -196,6 +196,18 @@ def test_memory_of_each_role_at_gpt2_size() -> None:
     )
 
 
+def test_a_partner_is_held_beside_the_policy_by_each_rollout_worker(tiny_model: Path) -> None:
+    alone = config(model=GPT2, environment={"name": "mine:Talk"})
+    both = config(model=GPT2, environment={"name": "mine:Talk", "partner": str(tiny_model)})
+    shape, partner = shape_of(both), shape_of(config(model={"path": str(tiny_model)}))
+    assert shape.partner == partner
+    cache = 2 * 64 * partner.context * 2 * 32  # keys and values of 64 slots, 2 layers of width 32
+    more = role_bytes(both, "rollout", shape) - role_bytes(alone, "rollout", shape_of(alone))
+    assert more == 4 * (partner.parameters + cache)
+    elsewhere = config(model=GPT2, environment={"name": "mine:Talk", "partner": "nobody/nothing"})
+    assert shape_of(elsewhere).partner is None
+
+
 @pytest.mark.parametrize(
     ("updates", "message"),
     [

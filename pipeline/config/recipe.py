@@ -123,6 +123,9 @@ def _located(config: RunConfig, folder: Path) -> RunConfig:
             "data": config.data.model_copy(update=data),
             "model": config.model.model_copy(update={"path": located(config.model.path, folder)}),
             "reward": config.reward.model_copy(update={"model": located(config.reward.model, folder)}),
+            "environment": config.environment.model_copy(
+                update={"partner": located(config.environment.partner, folder)}
+            ),
         }
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
-from actors.config import OPTION_NAME, EnvironmentConfig, ManagerConfig
+from actors.config import MODEL_PARTNER, OPTION_NAME, EnvironmentConfig, ManagerConfig
 from pipeline.config.errors import NOT_FINITE, shown
 from pipeline.config.run_config import RunConfig, leaves
 from pipeline.data.config import DataConfig
@@ -225,6 +225,7 @@ def _environment_rules(config: RunConfig) -> None:
         _manager_rules(config)
         return
     _manager_rules(config)
+    _partner_rules(config)
     longest_s = environment.timeout_s * environment.max_turns * (1 + environment.attempts)
     if longest_s >= config.cluster.call_timeout_s:
         raise ValueError(
@@ -236,6 +237,28 @@ def _environment_rules(config: RunConfig) -> None:
         raise ValueError(
             f"shaping.overlong_tokens: must be 0 in conversations, got {config.shaping.overlong_tokens}; "
             "sampling.max_new_tokens limits each turn, not the conversation"
+        )
+
+
+def _partner_rules(config: RunConfig) -> None:
+    """Rules of a language model that talks with the policy."""
+    name, partner, reward = config.environment.name, config.environment.partner, config.reward
+    if name != MODEL_PARTNER:
+        if partner and ":" not in name:
+            raise ValueError(
+                f"environment.partner: must be left out with environment.name = {name!r}, got {partner!r}; it is the "
+                f"partner of {MODEL_PARTNER}, or of an environment of your own"
+            )
+        return
+    if not partner:
+        raise ValueError(
+            f"environment.partner: must be given with environment.name = {name!r}, got none; give the folder or hub "
+            "name of a causal language model with its tokenizer"
+        )
+    if not (reward.function or reward.model or config.reward_model.epochs):
+        raise ValueError(
+            f"reward: must have a function or a model with environment.name = {name!r}, or [reward_model] epochs to "
+            "train one, got none; the partner gives no reward, unless a class of your own does"
         )
 
 

@@ -112,8 +112,11 @@ def _stream(
     return fitted, PromptStream(fitted.prompts, codec, seed=seed, **limits)
 
 
-def data_checksums(config: PreparationConfig, reward: RewardConfig, task: Task) -> dict[str, str]:
-    """Kind of data -> checksum, for the task's data and for models that exist already."""
+def data_checksums(config: PreparationConfig, reward: RewardConfig, task: Task, partner: str = "") -> dict[str, str]:
+    """Kind of data -> checksum, for the task's data and for models that exist already.
+
+    partner: folder or hub name of the language model that talks with the policy.
+    """
     kinds: dict[str, list[Any]] = {"prompts": prompts_of(task, "train"), "heldout": prompts_of(task, "heldout")}
     if config.reads_demonstrations:
         kinds["demonstrations"] = [demonstrations_of(task, split) for split in SPLITS]
@@ -124,8 +127,9 @@ def data_checksums(config: PreparationConfig, reward: RewardConfig, task: Task) 
     found = {
         kind: xxhash.xxh3_64_hexdigest(repr(values).encode("utf-8", "surrogatepass")) for kind, values in kinds.items()
     }
-    found |= {f"model {part}": checksum for part, checksum in model_checksums(config.model.path).items()}
-    return found | {f"reward model {part}": checksum for part, checksum in model_checksums(reward.model).items()}
+    for name, path in (("model", config.model.path), ("reward model", reward.model), ("partner model", partner)):
+        found |= {f"{name} {part}": checksum for part, checksum in model_checksums(path).items()}
+    return found
 
 
 _TOKENIZER = (

@@ -14,6 +14,7 @@ from dataclasses import fields
 import numpy as np
 
 from actors.reward.scoring import what_went_wrong
+from actors.reward.worker import user_code
 from cluster.faults import ContractError
 from pipeline.environments.environment import Environment, Episode, Turn
 from pipeline.tasks.task import PromptText
@@ -58,6 +59,13 @@ class CheckedEnvironment:
         for place, turn in enumerate(turns):
             check_turn(turn, f"environment: {self._name}: turn {place} of step")
         return list(turns)
+
+    def load(self) -> None:
+        """Let the environment load what is large, if it has a method for that. Raises ValueError where it cannot."""
+        load = getattr(self._environment, "load", None)
+        if load is not None:
+            with user_code(f"environment: must be able to load, got {self._name!r}", but=ValueError):
+                load()
 
     def close(self, episodes: Sequence[Episode]) -> None:
         """Like `Environment.close`, for the episodes that did begin."""

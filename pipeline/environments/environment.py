@@ -62,7 +62,11 @@ class Turn:
 
 @runtime_checkable
 class Environment(Protocol):
-    """The other side of many conversations; a recipe names its class, or a function without arguments that makes it."""
+    """The other side of many conversations; a recipe names its class, or a function without arguments that makes it.
+
+    One more method is optional: `load()`, called once in each worker before the first conversation, and outside every
+    deadline, to load what is large.
+    """
 
     def reset(self, prompts: Sequence[PromptText], seeds: Sequence[int]) -> tuple[Sequence[Episode], Sequence[Turn]]:
         """Begin a conversation for each prompt; returns the episodes and the opening turn of each.

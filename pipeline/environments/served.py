@@ -10,28 +10,51 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.config import EnvironmentConfig, RolloutConfig, SamplingConfig
 from actors.reward.worker import user_code
 from pipeline.environments.checks import CheckedEnvironment
 from pipeline.environments.environment import Episode, Turn
+from pipeline.environments.model_partner import PartnerSpec
+from pipeline.environments.partner_view import Marks
 from pipeline.environments.registry import load_environment
 from pipeline.tasks.task import PromptText, Task, continuation_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentSource:
-    """What a worker makes its environment of. lay_out: see `ServedEnvironment`."""
+    """What a worker makes its environment of. lay_out: see `ServedEnvironment`. partner: a language model, if any."""
 
     name: str
     lay_out: Callable[[str], str]
+    partner: PartnerSpec | None = None
 
     @classmethod
-    def of(cls, name: str, task: Task) -> EnvironmentSource | None:
-        """The environment of a recipe, whose lines are laid out as the task's prompts are; None without a name."""
-        return cls(name=name, lay_out=continuation_of(task)) if name else None
+    def of(
+        cls, config: EnvironmentConfig, task: Task, rollout: RolloutConfig, sampling: SamplingConfig
+    ) -> EnvironmentSource | None:
+        """The environment of a recipe, whose lines are laid out as the task's prompts are; None without a name.
+
+        rollout, sampling: how a language model that is the partner is run, and how its lines are sampled. Raises
+        ValueError where the task lays no line out for such a partner.
+        """
+        if not config.name:
+            return None
+        partner = None
+        if config.partner:
+            with user_code(f"task: must lay out what an environment says, got {task.name!r}", but=ValueError):
+                marks = Marks.of(task)
+            partner = PartnerSpec(path=config.partner, marks=marks, sampling=sampling, rollout=rollout)
+        return cls(name=config.name, lay_out=continuation_of(task), partner=partner)
+
+    def make(self) -> ServedEnvironment:
+        """Make the environment, which loads nothing yet. Raises ValueError that says why it cannot be made."""
+        return ServedEnvironment(load_environment(self.name, self.partner), self.lay_out)
 
     def __call__(self) -> ServedEnvironment:
-        """Make the environment. Raises ValueError that says why it cannot be made."""
-        return ServedEnvironment(load_environment(self.name), self.lay_out)
+        """Make the environment and let it load what is large, such as a model. Raises ValueError."""
+        made = self.make()
+        made.load()
+        return made
 
 
 class ServedEnvironment:
@@ -40,6 +63,10 @@ class ServedEnvironment:
     def __init__(self, environment: CheckedEnvironment, lay_out: Callable[[str], str]) -> None:
         """lay_out: gives the text that follows a reply when the environment says a line."""
         self._environment, self._lay_out = environment, lay_out
+
+    def load(self) -> None:
+        """Let the environment load what is large."""
+        self._environment.load()
 
     def reset(
         self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], seeds: Sequence[int]
@@ -88,7 +115,7 @@ def check_environment(source: EnvironmentSource, task: Task, prompts: Sequence[P
 
 
 def _begin_once(source: EnvironmentSource, task: Task, first: PromptText) -> None:
-    environment = source()
+    environment = source.make()
     episodes, [turn] = environment.reset([first.text], [dict(first.metadata)], [0])
     with user_code(f"environment.name: must be an environment that can be closed, got {source.name!r}"):
         environment.close(episodes)

@@ -150,18 +150,19 @@ def evaluate(
     placed = session.place(place(config.cluster, examiners(config.evaluation)))
     runtime = Runtime.of(session, placed, config.cluster)
     gpus = {"gpus": config.evaluation.gpus}
+    rollout = config.rollout.model_copy(update=gpus)
     pool = runtime.pool(
         "examiner",
         config.evaluation.workers,
         Examiner,
-        reads=[policy, baseline, *(judge.model for judge in judges.values())],
-        rollout=config.rollout.model_copy(update=gpus),
+        reads=[policy, baseline, config.talk.partner, *(judge.model for judge in judges.values())],
+        rollout=rollout,
         reference=config.reference.model_copy(update=gpus),
         sampling=config.sampling,
         seed=config.seed,
         talk=config.talk,
         manager=config.manager,
-        environment=EnvironmentSource.of(config.talk.name, config.task),
+        environment=EnvironmentSource.of(config.talk, config.task, rollout, config.sampling),
     )
     try:
         pool.start()

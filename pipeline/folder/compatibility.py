@@ -68,7 +68,7 @@ KINDS: dict[str, Kind] = {
         for key, kind in _GANG.items()
     },
     "critic.start": ANOTHER_RUN,
-    **{f"environment.{key}": ANOTHER_RUN for key in ("name", "max_turns")},
+    **{f"environment.{key}": ANOTHER_RUN for key in ("name", "partner", "max_turns")},
     **{f"environment.{key}": SAME_BITS for key in ("timeout_s", "attempts")},
     "rollout.workers": SAME_BITS,
     "rollout.gpus": ROUNDING,
@@ -102,7 +102,7 @@ KINDS: dict[str, Kind] = {
 }
 
 _OF_DATA = ("data.comparisons", "data.demonstrations", "data.prompts")
-_MODELS = {"model.path": "model ", "reward.model": "reward model "}
+_MODELS = {"model.path": "model ", "reward.model": "reward model ", "environment.partner": "partner model "}
 """Setting that names a model -> prefix of the names of its checksums."""
 
 OTHER_DATA = {
@@ -209,10 +209,7 @@ def check_data_changes(before: Mapping[str, str], now: Mapping[str, str], allowe
     """
     changed = {name: (old, now[name]) for name, old in before.items() if name in now and now[name] != old}
     if any(owner_of(name) not in allowed for name in changed):
-        lines = [
-            f"  {name}: {old} -> {new}   {_data_verdict(owner_of(name), allowed)}"
-            for name, (old, new) in changed.items()
-        ]
+        lines = [f"  {name}: {old} -> {new}   {_data_verdict(name, allowed)}" for name, (old, new) in changed.items()]
         raise ValueError(
             "\n".join(
                 [
@@ -222,7 +219,7 @@ def check_data_changes(before: Mapping[str, str], now: Mapping[str, str], allowe
                 ]
             )
         )
-    return [f"{name}: {old} -> {new}, which {OTHER_DATA[owner_of(name)]}" for name, (old, new) in changed.items()]
+    return [f"{name}: {old} -> {new}, which {_effect(name)}" for name, (old, new) in changed.items()]
 
 
 _DATA_REMEDY = "Put the files back as they were, allow it, or begin a new run with `raylign run`."
@@ -233,5 +230,11 @@ def owner_of(name: str) -> str:
     return "model" if "model" in name.split() else "data"
 
 
-def _data_verdict(owner: str, allowed: Collection[str]) -> str:
-    return "(allowed)" if owner in allowed else f"{OTHER_DATA[owner]}: --allow-change {owner}"
+def _effect(name: str) -> str:
+    """The effect of other contents; a partner was never part of the commits, so it is used whatever its weights."""
+    return OTHER_DATA["data" if name.startswith(_MODELS["environment.partner"]) else owner_of(name)]
+
+
+def _data_verdict(name: str, allowed: Collection[str]) -> str:
+    owner = owner_of(name)
+    return "(allowed)" if owner in allowed else f"{_effect(name)}: --allow-change {owner}"

@@ -82,7 +82,7 @@ SPECS: dict[StageName, StageSpec] = {
             "policy",
             "critic",
         ),
-        data=("model", "reward model", "prompts"),
+        data=("model", "reward model", "partner model", "prompts"),
         made=("policy",),
         workings=("start-with-options", "metrics.jsonl", "tensorboard", "experience", "checkpoints"),
         remakes=True,
@@ -100,7 +100,7 @@ SPECS: dict[StageName, StageSpec] = {
             "rollout",
             "reward",
         ),
-        data=("model", "reward model", "heldout"),
+        data=("model", "reward model", "partner model", "heldout"),
         made=("evaluation.json", "report.md", "frontier.png"),
     ),
 }

@@ -170,7 +170,7 @@ def _rollout(config: LoopConfig, runtime: Runtime, model: str, environment: Envi
         "rollout",
         config.rollout.workers,
         RolloutWorker,
-        reads=[model],
+        reads=[model, config.environment.partner],
         path=model,
         config=config.rollout,
         sampling=config.sampling,

@@ -16,6 +16,7 @@ _POLICY, _JUDGE = (
 _RULES = {
     "model.path": _POLICY,
     "reward.model": _JUDGE,
+    "environment.partner": _POLICY,
     "--policy": _POLICY,
     "--baseline": _POLICY,
     "--reward-model": _JUDGE,
@@ -25,7 +26,11 @@ _ON_HUB = re.compile(r"hf://(?P<kind>datasets|models)?/?(?P<name>[\w.-]+/[\w.-]+
 
 def on_hub(config: RunConfig) -> dict[str, str]:
     """Key -> name of every repository of the hub that a recipe names."""
-    models = {"model.path": config.model.path, "reward.model": config.reward.model}
+    models = {
+        "model.path": config.model.path,
+        "reward.model": config.reward.model,
+        "environment.partner": config.environment.partner,
+    }
     found = {key: name for key, name in models.items() if name and not is_path(name)}
     return found | {
         f"data.{kind}": source

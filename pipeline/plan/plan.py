@@ -82,7 +82,7 @@ def show(config: RunConfig, console: Console, run_dir: Path | None = None) -> No
 
 def _notes(config: RunConfig, ready: PreflightResult) -> list[str]:
     """What a look at the numbers does not tell."""
-    unseen = {"model.path", "reward.model"} & ready.unseen.keys()
+    unseen = {"model.path", "reward.model", "environment.partner"} & ready.unseen.keys()
     return [
         *ready.remarks,
         *idle_workers(config),

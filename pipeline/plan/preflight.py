@@ -27,6 +27,7 @@ from pipeline.data.registry import FILES, load_task
 from pipeline.data.sources import absolute as absolute_sources
 from pipeline.data.sources import find, sources_of
 from pipeline.encoding.prompts import RunPrompts, check_data, run_prompts, tokenizer_of
+from pipeline.environments.model_partner import PartnerSpec
 from pipeline.environments.registry import load_environment
 from pipeline.environments.served import EnvironmentSource, check_environment
 from pipeline.evaluation.evaluate import (
@@ -76,8 +77,9 @@ def preflight(config: RunConfig, *, fetch: bool = True) -> PreflightResult:
     fetch: whether to ask the hub for names that are not local; if False, they are not checked, and `unseen` lists them.
     """
     task = load_task(config.task, config.data, config.model.path)
-    if config.environment.name:
-        load_environment(config.environment.name)
+    if talk := config.environment.name:
+        partner = config.environment.partner
+        load_environment(talk, PartnerSpec(path=partner) if partner else None)
     if config.manager.check:
         load_function(config.manager.check, field="manager.check")
     load("torch", "transformers")
@@ -108,7 +110,8 @@ def preflight_comparison(config: RunConfig, comparison: Comparison) -> Compariso
     load("torch", "transformers")
     reward = config.reward.model_copy(update={"model": comparison.reward_model})
     judges = judges_of_conversations(reward) if config.environment.name else judges_of(reward, task.reward)
-    remote = {option: name for option, name in comparison.models.items() if name and not is_path(name)}
+    named = {**comparison.models, "environment.partner": config.environment.partner}
+    remote = {option: name for option, name in named.items() if name and not is_path(name)}
     with _reach(config, ("evaluate",), remote):
         _check_judges(judges)
         check_models(comparison)
@@ -159,8 +162,14 @@ def check_models(comparison: Comparison) -> None:
         )
 
 
-def _check_environment(config: RunConfig, task: Task) -> None:
-    if environment := EnvironmentSource.of(config.environment.name, task):
+def _check_environment(config: RunConfig, task: Task, unseen: Collection[str] = ()) -> None:
+    """Check the other side of conversations, except where it is a partner that a plan did not read."""
+    partner = config.environment.partner
+    if "environment.partner" in unseen:
+        return
+    if partner:
+        tokenizer_of(partner, "environment.partner")
+    if environment := EnvironmentSource.of(config.environment, task, config.rollout, config.sampling):
         check_environment(environment, task, prompts_of(task, "train"), config.environment.timeout_s)
 
 
@@ -186,7 +195,7 @@ def _with_data(config: RunConfig, task: Task, unseen: Mapping[str, str]) -> Pref
     if any(key.startswith("data.") for key in unseen):
         return PreflightResult(task=task, prompts=None, unseen=unseen)
     check_data(config, task)
-    _check_environment(config, task)
+    _check_environment(config, task, unseen)
     if not model:
         return PreflightResult(task=task, prompts=None, unseen=unseen)
     prompts = run_prompts(task, model, config.batch, config.sampling, config.seed)
@@ -228,6 +237,7 @@ def with_full_paths(config: RunConfig) -> RunConfig:
             "data": absolute_sources(config.data),
             "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
             "reward": config.reward.model_copy(update={"model": absolute(config.reward.model)}),
+            "environment": config.environment.model_copy(update={"partner": absolute(config.environment.partner)}),
         }
     )
 
@@ -235,7 +245,7 @@ def with_full_paths(config: RunConfig) -> RunConfig:
 def unfollowed(config: RunConfig) -> list[str]:
     """Lines for the user about instructions in the models' folders that a run does not follow.
 
-    It reads the starting model and the reward model; both must have been checked before.
+    It reads the starting model, the partner and the reward model; all must have been checked before.
     """
     from actors.models.causal_lm import longest_of
     from actors.models.usage import not_followed, not_followed_of_judge
@@ -246,6 +256,7 @@ def unfollowed(config: RunConfig) -> list[str]:
         if config.model.path
         else []
     )
+    lines += not_followed(config.environment.partner) if config.environment.partner else []
     if not config.reward.model:
         return lines
     longest, needed = longest_of(config.reward.model), config.batch.max_prompt_tokens + config.sampling.max_new_tokens

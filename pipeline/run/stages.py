@@ -195,7 +195,7 @@ def _rl(run: Run, session: Session) -> dict[str, Any]:
     inputs = ReinforceInputs(
         model=run.policy_start(),
         reward=reward,
-        environment=EnvironmentSource.of(config.environment.name, run.task),
+        environment=EnvironmentSource.of(config.environment, run.task, config.rollout, config.sampling),
         prompts=prompts,
         commit=commit,
     )

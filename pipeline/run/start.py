@@ -193,7 +193,7 @@ def _inputs(config: RunConfig) -> RunInputs:
     return RunInputs(
         task=ready.task,
         known=ready.prompts,
-        data=data_checksums(config, config.reward, ready.task),
+        data=data_checksums(config, config.reward, ready.task, config.environment.partner),
         code=code_of(config, rule_of(config, ready.task)),
         remarks=ready.remarks,
     )
