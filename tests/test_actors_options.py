@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.engine.sampler import uniforms
-from actors.manager.option_head import OptionHead, option_uniform
+from actors.manager.option_head import OptionHead, load_head, option_uniform, save_head
 from actors.manager.turns import Turns
+from actors.models.causal_lm import load_causal_lm
+from actors.models.option_names import TRAINED_HEAD
+from actors.models.option_tokens import add_option_tokens
 from manager_helpers import make_turns, replace
+from tiny_models import save_gpt2
 
 
 def make_head(*, width: int = 20, options: int = 5, seed: int = 0) -> OptionHead:
@@ -96,6 +104,43 @@ def test_random_numbers_depend_on_seed_sample_and_turn_alone_and_are_not_those_o
     assert abs(numbers.mean() - 0.5) < 0.02
     turns = numbers.reshape(100, 50)
     assert abs(np.corrcoef(turns[:, :-1].ravel(), turns[:, 1:].ravel())[0, 1]) < 0.05
+
+
+def test_a_head_lies_beside_its_policy_and_one_that_is_lost_is_missed(tmp_path: Path) -> None:
+    """A model that was not trained with a manager has no head, and its options are all alike."""
+    save_gpt2(tmp_path, width=20)
+    uniform = load_head(str(tmp_path), 5, 20)
+    assert not uniform["policy_weight"].any() and not uniform["policy_bias"].any()
+    assert uniform["policy_weight"].shape == (5, 20)
+    assert not load_head("nobody/nothing", 5, 20)["policy_weight"].any()
+
+    own = {"policy_weight": np.full((5, 20), 0.5, np.float32), "policy_bias": np.arange(5, dtype=np.float32)}
+    before = json.loads((tmp_path / "config.json").read_text())
+    save_head(tmp_path, own)
+    found = load_head(str(tmp_path), 5, 20)
+    assert all(np.array_equal(found[name], own[name]) for name in own)
+    with pytest.raises(ValueError, match="must be the head of a manager of 4 options and 20 features"):
+        load_head(str(tmp_path), 4, 20)
+    after = json.loads((tmp_path / "config.json").read_text())
+    assert after == before | {TRAINED_HEAD: "option-head.safetensors"}
+
+    (tmp_path / "option-head.safetensors").unlink()
+    message = "must be a folder with the manager's head, option-head.safetensors, since the policy was trained with a"
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: {message} manager, got none; copy the file"):
+        load_head(str(tmp_path), 5, 20)
+
+    copied = tmp_path / "copied"  # by other programs
+    load_causal_lm(str(tmp_path), torch.float32).save_pretrained(copied)
+    with pytest.raises(ValueError, match=message):
+        load_head(str(copied), 5, 20)
+
+
+def test_a_run_that_begins_with_a_trained_policy_begins_with_a_new_manager(tmp_path: Path) -> None:
+    policy, start = save_gpt2(tmp_path / "policy", width=20), tmp_path / "start"
+    save_head(policy, {"policy_weight": np.ones((2, 20), np.float32), "policy_bias": np.ones(2, np.float32)})
+    add_option_tokens(str(policy), start, ("x", "y"))
+    assert not load_head(str(start), 2, 20)["policy_weight"].any()
+    assert load_head(str(policy), 2, 20)["policy_weight"].all()
 
 
 def test_a_head_refuses_what_it_cannot_choose_from() -> None:

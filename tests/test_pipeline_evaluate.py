@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from actors import ragged
 from actors.config import ReferenceConfig, RewardConfig, RolloutConfig, SamplingConfig
 from actors.experience import Prompts, Rollouts, Scores, TokenLogprobs
+from actors.manager.option_head import save_head
 from cluster.config import ClusterConfig
 from cluster.session import Session
 from data_files import write
@@ -46,7 +48,7 @@ from pipeline.evaluation.results import Answers, Evaluation, Measurements, asses
 from pipeline.evaluation.settings import EvaluationSettings
 from pipeline.observe.progress import Progress
 from pipeline.plan.comparison import Comparison
-from pipeline.plan.preflight import check_models
+from pipeline.plan.preflight import check_heads, check_models
 from pipeline.tasks.task import Demonstration, Split, Task
 from pipeline.tasks.walks import RandomWalks
 from run_helpers import ROOT, command, environment
@@ -406,6 +408,18 @@ def test_what_is_wrong_is_said_before_anything_starts(models: Path, tmp_path: Pa
         "--policy: must have the tokenizer of --baseline, but those of",
         lambda: check_models(comparison(policy=str(stranger), baseline=str(models / "policy"))),
     )
+
+
+def test_a_policy_whose_manager_is_lost_is_refused_before_anything_starts(models: Path, tmp_path: Path) -> None:
+    config, policy = load(recipe_path("conversation-options")), tmp_path / "policy"
+    shutil.copytree(models / "policy", policy)
+    named = comparison(policy=str(policy), baseline=str(models / "policy"), out=tmp_path / "out")
+    check_heads(config, named)  # neither was trained with a manager
+    save_head(policy, {"policy_weight": np.ones((6, 32), np.float32), "policy_bias": np.ones(6, np.float32)})
+    check_heads(config, named)
+    (policy / "option-head.safetensors").unlink()
+    refused(f"{policy}: must be a folder with the manager's head", lambda: check_heads(config, named))
+    check_heads(load(recipe_path("conversation")), named)
 
 
 @pytest.mark.slow

@@ -9,12 +9,16 @@ depends on (seed, sample_id, turn) alone. Left out: RLlib and torch, so a worker
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from actors.models.option_names import TRAINED_HEAD
 
 EPSILON = 1e-5  # of the layer norm, here and in the learner
 WEIGHTS = ("policy_weight", "policy_bias")
@@ -33,18 +37,32 @@ class Choices(NamedTuple):
 
 
 def save_head(folder: Path, weights: Mapping[str, Floats]) -> None:
-    """Write a manager's head into the folder of the policy that it has chosen options for."""
+    """Write a manager's head into the folder of the policy that it has chosen options for.
+
+    The policy's `config.json` is told of it, so that a head that is lost later is missed.
+    """
     from safetensors.numpy import save_file
 
     save_file({name: np.ascontiguousarray(weights[name]) for name in WEIGHTS}, folder / FILE)
+    config = folder / "config.json"
+    entries = json.loads(config.read_text(encoding="utf-8")) | {TRAINED_HEAD: FILE}
+    config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_head(folder: Path, options: int, width: int) -> dict[str, Floats]:
-    """The head in the folder of a policy; one that chooses all options alike where there is none.
+def load_head(model: str, options: int, width: int) -> dict[str, Floats]:
+    """The head in the folder of a policy; for a model without a manager, one that chooses all options alike.
 
-    options: K. width: D. Raises ValueError for a head of other sizes.
+    model: folder, or hub name of a model whose config is in the cache. options: K. width: D. Raises ValueError for a
+    head of other sizes, and where the head of a policy that was trained with a manager is not there.
     """
+    folder = Path(model)
     if not (folder / FILE).is_file():
+        if TRAINED_HEAD in _config(model):
+            raise ValueError(
+                f"{model}: must be a folder with the manager's head, {FILE}, since the policy was trained with a "
+                f"manager, got none; copy the file from the run's policy folder, or, to have options chosen at random, "
+                f"remove {TRAINED_HEAD} from config.json"
+            )
         return {"policy_weight": np.zeros((options, width), np.float32), "policy_bias": np.zeros(options, np.float32)}
     from safetensors.numpy import load_file
 
@@ -56,6 +74,19 @@ def load_head(folder: Path, options: int, width: int) -> dict[str, Floats]:
             "name the options that it was trained with"
         )
     return found
+
+
+def _config(model: str) -> dict[str, Any]:
+    """The entries of a model's config.json; none if it has none. model: folder, or name of a cached hub model."""
+    path: Path | str | None = Path(model) / "config.json"
+    if not os.path.isdir(model):
+        from huggingface_hub import try_to_load_from_cache
+
+        path = found if isinstance(found := try_to_load_from_cache(model, "config.json"), str) else None
+    if path is None or not os.path.isfile(path):
+        return {}
+    entries: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return entries
 
 
 class OptionHead:

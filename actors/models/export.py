@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from actors.models.option_names import TRAINED_HEAD
 from actors.models.tokenizer import first_line, load_tokenizer
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def _write(model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor]) -
     """`save_pretrained` without its strict check of generation settings."""
     from transformers import GenerationConfig
 
+    if hasattr(model.config, TRAINED_HEAD):
+        delattr(model.config, TRAINED_HEAD)  # the head belonged to the policy that was read, and is not written here
     settings = model.generation_config if model.can_generate() else None
     try:
         if settings is not None:

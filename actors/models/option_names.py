@@ -1,6 +1,11 @@
-"""The name of an option's control token, without torch: tasks write it into demonstrations."""
+"""The name of an option's control token, without torch: tasks write it into demonstrations.
+
+Also the name of the entry of a policy's `config.json` that says that a manager was trained with it.
+"""
 
 from __future__ import annotations
+
+TRAINED_HEAD = "raylign_option_head"  # its value is the name of the head's file, which lies beside it
 
 
 def option_token(name: str) -> str:

@@ -14,7 +14,6 @@ import gc
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -70,7 +69,8 @@ class Examiner:
         """Load no model yet. rollout, reference: how models are run; their numbers of workers are ignored.
 
         environment: makes the other side, if a reply is a conversation; talk: its limits. manager: its options, if one
-        chooses before each reply; its head lies beside the policy's weights, and without one all options are alike.
+        chooses before each reply; its head lies beside the policy's weights, and a model that was not trained with one
+        has options chosen at random.
         """
         self._rollout, self._reference, self._sampling, self._seed = rollout, reference, sampling, seed
         self._talk, self._environment, self._manager = talk, environment, manager or ManagerConfig()
@@ -109,7 +109,7 @@ class Examiner:
         from actors.models.causal_lm import width_of
 
         options = len(self._manager.options)
-        return LoadedWeights(manager=load_head(Path(model), options, width_of(model)) if options else None)
+        return LoadedWeights(manager=load_head(model, options, width_of(model)) if options else None)
 
     def logprobs(
         self, model: str, rollouts: pa.Table, temperature: float, without: Collection[int] = ()

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 from actors.config import RewardConfig
 from actors.hub import is_path, offline
+from actors.manager.option_head import load_head
 from actors.reward.worker import load_function
 from cluster.session import cluster_address
 from cluster.signals import load
@@ -115,6 +116,7 @@ def preflight_comparison(config: RunConfig, comparison: Comparison) -> Compariso
     with _reach(config, ("evaluate",), remote):
         _check_judges(judges)
         check_models(comparison)
+        check_heads(config, comparison)
         _check_environment(config, task)
         settings = EvaluationSettings.of(task, config.evaluation, config)
         ask(settings, comparison.baseline, comparison.policy)  # read again later, when it can no longer fail
@@ -147,6 +149,15 @@ def _check_judges(judges: Mapping[str, RewardConfig], unseen: Collection[str] = 
     seen = {name: judge for name, judge in judges.items() if not (judge.model and "reward.model" in unseen)}
     if seen or not judges:
         check_judges(seen)
+
+
+def check_heads(config: RunConfig, comparison: Comparison) -> None:
+    """Raises ValueError when a policy that was trained with a manager lacks its head, or has one of other options."""
+    from actors.models.causal_lm import width_of
+
+    if options := len(config.manager.options):
+        for model in (comparison.policy, comparison.baseline):
+            load_head(model, options, width_of(model))
 
 
 def check_models(comparison: Comparison) -> None:
