@@ -243,6 +243,18 @@ class ManagerConfig(Config):
     check_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the check in the worker's reward for a turn. The manager never sees it."""
 
+    diversity_coef: float = Field(default=0.0, ge=0)
+    """Coefficient of log q(option | reply) - log p(option) in the worker's reward for a turn; 0: no discriminator.
+
+    q is learnt from the replies, so options that are told apart by their words pay. The manager never sees it.
+    """
+
+    discriminator_learning_rate: float = Field(default=0.02, gt=0, le=1)
+    """Learning rate of the discriminator's Adam, constant."""
+
+    discriminator_epochs: int = Field(default=4, ge=1)
+    """Passes of the discriminator over the turns of a step; each is one update."""
+
     worker_lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation over the tokens of a turn, for the worker."""
 

@@ -125,19 +125,21 @@ class TokenValues(TypedTable):
 class Experience(TypedTable):
     """A rollout made ready to train on. Every list column that is not of turns is aligned with tokens.
 
-    turn_advantages: the manager's advantage of each turn; empty without a manager. proximal_logprobs: log-probs under
-    the learner's policy before its first update of the step (the ratio's denominator). reference_logprobs, values: zero
-    where the algorithm needs no reference or no critic.
+    turn_advantages: the manager's advantage of each turn; empty without a manager. turn_log_q: its discriminator's
+    log q(option | utterance) of each turn; empty without one. proximal_logprobs: log-probs under the learner's policy
+    before its first update of the step (the ratio's denominator). reference_logprobs, values: zero where the algorithm
+    needs no reference or no critic.
     """
 
     takes_extra: ClassVar[bool] = True
-    may_be_empty: ClassVar[tuple[str, ...]] = (*_OF_OPTIONS, "turn_advantages")
+    may_be_empty: ClassVar[tuple[str, ...]] = (*_OF_OPTIONS, "turn_advantages", "turn_log_q")
     schema: ClassVar[pa.Schema] = required(
         [
             *_rollout,
             ("reward", pa.float32()),
             ("turn_rewards", pa.list_(pa.float32())),
             ("turn_advantages", pa.list_(pa.float32())),
+            ("turn_log_q", pa.list_(pa.float32())),
             ("proximal_logprobs", pa.list_(pa.float32())),
             ("reference_logprobs", pa.list_(pa.float32())),
             ("values", pa.list_(pa.float32())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,13 @@ def assembled(
     are_replies: bool = False,
     advantages: list[list[float]] | None = None,
     check_coef: float = 0.0,
+    log_q: list[list[float]] | None = None,
+    offered: list[list[str]] | None = None,
+    diversity_coef: float = 0.0,
 ) -> tuple[AssemblyReport, list[dict[str, Any]]]:
     """noise: added to what is said of the environment's tokens. are_replies: no environment has rewarded them.
 
-    advantages: a manager's, of each turn.
+    advantages: a manager's, of each turn. log_q: its discriminator's. offered: the options on offer, letters of "abc".
     """
     ids = list(range(len(talks)))
     spoilt = [np.where(one["acted"], 0.0, noise).astype(np.float32) for one in talks]
@@ -97,6 +101,7 @@ def assembled(
             "turn_starts": [one["starts"] for one in talks],
             "option": [[] for _ in talks],
             "option_logprobs": [[] for _ in talks],
+            "options_offered": [[name in turn for turn in own for name in "abc"] for own in offered or [[]] * len(ids)],
             "finish": ["stop"] * len(ids),
             "metadata": ["{}" if are_replies else json.dumps({"conversation": record}) for record in records],
         }
@@ -112,14 +117,14 @@ def assembled(
     ).table
     values = [np.array(one["values"], np.float32) for one in talks]
     table = TokenValues.of({"sample_id": ids, "values": values}).table
-    manager = ManagerConfig(options=("a",), check="x:y", check_coef=check_coef) if advantages else ManagerConfig()
+    manager = ManagerConfig(options=tuple("abc"), check="x:y", check_coef=check_coef, diversity_coef=diversity_coef)
     how = Assembly(
         algorithm=algorithm,
         kl_coef=kl_coef,
         shaping=shaping or ShapingConfig(),
         max_new_tokens=8,
         conversations=not are_replies,
-        manager=manager,
+        manager=manager if advantages else ManagerConfig(),
     )
     report, experience = assemble(
         how,
@@ -128,7 +133,7 @@ def assembled(
         rollouts,
         scores,
         *([table] if algorithm.needs_critic else []),
-        *([advised(advantages)] if advantages is not None else []),
+        *([advised(advantages, log_q)] if advantages is not None else []),
     )
     return report, experience.to_pylist()
 
@@ -137,8 +142,8 @@ def acting(row: dict[str, Any], name: str) -> list[float]:
     return [value for value, acted in zip(row[name], row["action_mask"], strict=True) if acted]
 
 
-def advised(advantages: list[list[float]]) -> pa.Table:
-    """A manager's advantages of the turns of conversations 0, 1, ..."""
+def advised(advantages: list[list[float]], log_q: list[list[float]] | None = None) -> pa.Table:
+    """A manager's advantages of the turns of conversations 0, 1, ..., and what its discriminator says of them."""
     rows = [(sample, turn, value) for sample, own in enumerate(advantages) for turn, value in enumerate(own)]
     return TurnAdvantages.of(
         {
@@ -146,6 +151,7 @@ def advised(advantages: list[list[float]]) -> pa.Table:
             "turn": [row[1] for row in rows],
             "advantage": [row[2] for row in rows],
             "value": [0.0] * len(rows),
+            "log_q": list(chain.from_iterable(log_q)) if log_q else [0.0] * len(rows),
         }
     ).table
 

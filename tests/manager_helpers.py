@@ -35,11 +35,12 @@ def make_turns(
     offer: float = 1.0,
     scale: float = 1.0,
     head: OptionHead | None = None,
+    heard: bool = False,
 ) -> pa.Table:
     """Ragged conversations of 1 to 5 turns, about half of them truncated.
 
     offer: probability that an option is on offer. scale: of the rewards. head: chooses the options, else all options on
-    offer are equally likely.
+    offer are equally likely. heard: with utterances, whose tokens lean towards the option.
     """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 6, conversations)
@@ -70,7 +71,16 @@ def make_turns(
             "truncated": truncated,
             "last_features": [row.tolist() if cut else [] for row, cut in zip(after, truncated, strict=True)],
         }
+        | ({"utterance": _utterances(chosen.options, seed)} if heard else {})
     ).table
+
+
+def _utterances(options: Sequence[int], seed: int) -> list[list[int]]:
+    """1 to 8 of 40 tokens each, of which half are those of the option alone."""
+    rng = np.random.default_rng([seed, 1])
+    return [
+        [int(o) if rng.random() < 0.5 else int(rng.integers(40)) for _ in range(rng.integers(1, 9))] for o in options
+    ]
 
 
 def slow_gae(table: pa.Table, manager: Manager, *, gamma: float, lam: float) -> tuple[list[float], list[float]]:

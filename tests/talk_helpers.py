@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ class Mirror:
 
     def close(self, episodes: Sequence[Any]) -> None:
         """It holds nothing."""
+
+
+class Picky(Mirror):
+    """The same, with other options on offer in each turn: all three, two of them, one."""
+
+    def reset(self, prompts: Sequence[PromptText], seeds: Sequence[int]) -> tuple[list[Any], list[Turn]]:
+        episodes, turns = super().reset(prompts, seeds)
+        return episodes, [replace(turn, options=self.offer(0)) for turn in turns]
+
+    def turn(self, episode: Any, reply: str) -> Turn:
+        return replace(super().turn(episode, reply), options=self.offer(episode["turns"]))
+
+    def offer(self, turn: int) -> tuple[str, ...]:
+        return ("soft", "loud", "short")[turn % 3 :]
 
 
 class Slow(Mirror):

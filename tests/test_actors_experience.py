@@ -80,6 +80,7 @@ def test_the_declared_columns() -> None:
         "reward": "float",
         "turn_rewards": "list<item: float>",
         "turn_advantages": "list<item: float>",
+        "turn_log_q": "list<item: float>",
     } | dict.fromkeys(per_token, "list<item: float>")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -259,9 +260,9 @@ def test_updates_repeat_to_the_bit_in_processes_with_other_numbers_of_threads(tm
     code = (
         "import ray, sys\n"
         "from manager_helpers import learn, make_manager\n"
-        "manager = make_manager(width=300)\n"
+        "manager = make_manager(width=300, diversity_coef=0.5)\n"
         "from manager_helpers import make_turns\n"
-        "for seed in range(3): manager.update(make_turns(40, seed=seed, width=300))\n"
+        "for seed in range(3): manager.update(make_turns(40, seed=seed, width=300, heard=True))\n"
         "assert not ray.is_initialized()\n"
         "print(manager.save(sys.argv[1]).file.checksum)\n"
     )
@@ -320,6 +321,69 @@ def test_saving_and_restoring_in_between_changes_nothing(first: int, tmp_path: P
     after, expected = state(restored), state(through)
     assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert restored.steps == through.steps > half.steps
+
+
+# The discriminator
+
+
+HEARD: dict[str, Any] = {"diversity_coef": 0.5, "discriminator_learning_rate": 0.1}
+
+
+def test_the_manager_learns_the_same_to_the_bit_whatever_the_discriminator_says() -> None:
+    """Weights, moments and advantages: the intrinsic reward is the worker's alone."""
+    deaf, hearing = make_manager(), make_manager(**HEARD)
+    for seed in range(3):
+        table = make_turns(seed=seed, head=OptionHead(deaf.weights()), offer=0.8, heard=True)
+        silent = replace(table, "utterance", [[]] * len(table))
+        plain, heard = deaf.advantages(silent)[1], hearing.advantages(table)[1]
+        assert heard.drop_columns("log_q").equals(plain.drop_columns("log_q"))
+        assert not np.any(plain["log_q"].to_numpy())
+        assert heard["log_q"].to_numpy().max() <= 0
+        first, second = deaf.update(silent), hearing.update(table)
+        assert first.discriminator is None
+        assert second.discriminator is not None
+        assert dataclasses.replace(second, discriminator=None, seconds=first.seconds) == first
+    own, theirs = state(deaf), state(hearing)
+    assert theirs.keys() - own.keys() == {
+        f"discriminator_weight/{kind}" for kind in ("weight", "exp_avg", "exp_avg_sq")
+    }
+    assert all(torch.equal(theirs[name], own[name]) for name in own)
+    assert hearing.steps == deaf.steps
+
+
+def test_turns_are_scored_before_the_discriminator_learns_from_them() -> None:
+    manager, table = make_manager(**HEARD), make_turns(seed=1, offer=0.7, heard=True)
+    for _ in range(2):
+        log_q = manager.advantages(table)[1]["log_q"].to_numpy().astype(np.float64)
+        gain = log_q + np.log(Turns(table).offered.sum(1))
+        found = manager.update(table).discriminator
+        assert found is not None
+        assert found.reward == pytest.approx(0.5 * gain.mean(), abs=1e-6)
+    assert found.reward > 0.05, "the second time it knows them"
+
+
+def test_the_discriminator_is_saved_and_restored_to_the_bit(tmp_path: Path) -> None:
+    tables = [make_turns(seed=seed, heard=True) for seed in range(4)]
+    through, half, restored = (make_manager(**HEARD) for _ in range(3))
+    for table in tables[:2]:
+        half.update(table)
+    saved = half.save(str(tmp_path)).file
+    restored.update(tables[3])  # undone by what follows
+    restored.restore(str(tmp_path), [saved.name])
+    assert restored.save(str(tmp_path / "again")).file == saved
+    for table in tables[2:]:
+        restored.update(table)
+    for table in tables:
+        through.update(table)
+    assert restored.save(str(tmp_path / "a")).file == through.save(str(tmp_path / "b")).file
+    assert restored.advantages(tables[0])[1].equals(through.advantages(tables[0])[1])
+    with pytest.raises(ValueError, match="'discriminator_weight' is unknown to the model"):
+        make_manager().restore(str(tmp_path), [saved.name])
+
+
+def test_a_discriminator_without_utterances_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Turns.utterance: must have the tokens of each turn .* is 0.5, got none"):
+        make_manager(**HEARD).advantages(make_turns())
 
 
 def test_a_file_of_another_kind_is_refused_and_changes_nothing(tmp_path: Path) -> None:

@@ -309,6 +309,14 @@ AT_ONCE: dict[str, Row] = {
         "train walks --environment.name mine:Games --manager.options a b --manager.check-coef 1",
         "manager.check: must be given when manager.check_coef is 1, got none; it says whether a reply carries out",
     ),
+    "diversity of one option": (
+        "train walks --environment.name mine:Games --manager.options a --manager.diversity-coef 0.1",
+        "manager.diversity_coef: must be 0 when there is one option, got 0.1; a discriminator has nothing to tell",
+    ),
+    "settings of no discriminator": (
+        "train walks --environment.name mine:Games --manager.options a b --manager.discriminator-epochs 2",
+        "manager.diversity_coef: must be > 0 when manager.discriminator_epochs is 2, got 0; there is no discriminator",
+    ),
     "an option that cannot be a token": (
         "train walks --environment.name mine:Games --manager.options a b!",
         "manager.options: must be different names of letters and digits, joined by '-' or '_', got 'b!'; rename it",

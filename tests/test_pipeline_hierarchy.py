@@ -20,6 +20,7 @@ import tiny_models
 from actors.config import ManagerConfig
 from actors.experience import Experience, Rollouts
 from actors.manager.turns import Turns
+from actors.models.option_names import TRAINED_HEAD
 from cluster.session import Session
 from conversation_helpers import acting, assembled, talk
 from conversation_helpers import recipe as flat_recipe
@@ -29,8 +30,10 @@ from pipeline.assembly.hierarchy import manager_turns
 from pipeline.cli import main
 from pipeline.config.recipe import load
 from pipeline.config.run_config import RunConfig
+from pipeline.config.sections import EvaluationConfig
 from pipeline.observe.metrics import StepMetrics
 from pipeline.observe.observer import Observer
+from pipeline.run import replay
 from pipeline.run.start import resume, run_stages
 from run_helpers import ROOT, assert_same, final_commit, metrics_of, pid_of, quiet
 
@@ -84,6 +87,8 @@ def test_both_levels_learn_and_every_turn_has_its_option(whole: Path) -> None:
     head = load_file(whole / "policy" / "option-head.safetensors")
     assert head["policy_weight"].shape == (3, 32)
     assert np.abs(head["policy_weight"]).max() > 0
+    assert json.loads((whole / "policy" / "config.json").read_text())[TRAINED_HEAD] == "option-head.safetensors"
+    assert TRAINED_HEAD not in json.loads((whole / "start-with-options" / "config.json").read_text())
     assert set(final_commit(whole).shards) == {"policy", "critic", "manager"}
     assert json.loads((whole / "evaluation.json").read_text())["judges"].keys() == {"environment"}
     assert "balances" in raylign("ledger", str(whole), cwd=ROOT).out
@@ -102,6 +107,39 @@ def test_resumed_from_the_commit_in_the_middle_it_is_the_same_to_the_bit(whole: 
     assert_same(run_dir, whole)
     name = "option-head.safetensors"
     assert (run_dir / "policy" / name).read_bytes() == (whole / "policy" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_discriminator_is_committed_and_resumed_to_the_bit(
+    ray_session: Session, model: Path, tmp_path: Path
+) -> None:
+    """One step and one more are two. Other options are on offer in each turn."""
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    base = recipe(model, "Picky", steps=2, commit_every=1, evaluation=EvaluationConfig(prompts=2, samples=1, best_of=1))
+    manager = base.manager.model_copy(update={"diversity_coef": 0.2, "discriminator_learning_rate": 0.1})
+    run_stages(base.model_copy(update={"manager": manager}), whole, quiet())
+    first, second = metrics_of(whole)
+    assert first["manager/diversity_reward"] == pytest.approx(0, abs=1e-7), "untrained, it knows nothing"
+    assert abs(second["manager/diversity_reward"]) > 1e-4
+    assert 0 < second["manager/discriminator_loss"] < np.log(3)
+    assert 1 / 3 < second["manager/discriminator_accuracy"] <= 1
+
+    experience, gains = Experience.read(whole / "experience" / "step=1" / "experience.parquet"), []
+    assembled_again = replay._advantages(load(whole / "config.toml"), experience, second["kl/coef"])
+    assert all(column.is_same for column in assembled_again), "a replay knows what was paid"
+    for row in experience.table.to_pylist():
+        offered = np.array(row["options_offered"]).reshape(-1, 3)
+        assert offered.sum(1).tolist() == [3 - turn % 3 for turn in range(len(offered))]
+        gains += [log_q + np.log(count) for log_q, count in zip(row["turn_log_q"], offered.sum(1), strict=True)]
+    assert second["manager/diversity_reward"] == pytest.approx(0.2 * np.mean(gains), abs=1e-6)
+
+    shutil.copytree(whole, run_dir)
+    (run_dir / "evaluation.json").unlink()
+    shutil.rmtree(run_dir / "policy")
+    [last] = [commit for commit in (run_dir / "checkpoints").iterdir() if int(commit.name[5:13]) == 2]
+    shutil.rmtree(last)
+    resume(load(run_dir / "config.toml"), run_dir, (), quiet())
+    assert_same(run_dir, whole)
 
 
 @pytest.mark.slow
@@ -163,7 +201,7 @@ def test_the_managers_turns_are_in_the_order_of_samples_and_say_how_each_convers
         features=[features[:1], features[1:3], features[3:]],
         after=[[7.0, 8.0], [], []],
     )
-    table = Turns(manager_turns(*step, 3)).table.to_pydict()
+    table = Turns(manager_turns(*step, ManagerConfig(options=OPTIONS))).table.to_pydict()
     assert table["sample_id"] == [4, 4, 7, 7, 7, 9]
     assert table["turn"] == [0, 1, 0, 1, 2, 0]
     assert table["option"] == [0, 2, 1, 1, 0, 1]
@@ -172,6 +210,56 @@ def test_the_managers_turns_are_in_the_order_of_samples_and_say_how_each_convers
     assert table["truncated"] == [False, False, False, False, False, True]
     assert table["last_features"] == [[], [], [], [], [], [7.0, 8.0]]
     np.testing.assert_array_equal(table["features"], [*features[1:3], *features[3:], features[0]])
+    assert table["utterance"] == [[]] * 6
+
+
+def test_the_discriminator_hears_the_tokens_that_the_policy_sampled_and_no_others() -> None:
+    """No prompt, no line of the environment, no control token before a turn: it would give the option away."""
+    control, env = 90, 80
+    rows = {
+        7: ([1, control, 11, 12, env, env, control, 13, env], [3, 8], [2, 7]),
+        4: ([1, 1, control, 21, env, control, 22, 23, 24], [4, 9], [3, 6]),
+        9: ([control, 31], [2], [1]),
+    }
+    acted = {sample: [token not in (1, control, env) for token in tokens] for sample, (tokens, _, _) in rows.items()}
+    count = {sample: len(starts) for sample, (_, _, starts) in rows.items()}
+    rollouts = option_step(
+        ids=list(rows),
+        options=[[0] * count[sample] for sample in rows],
+        rewards=[[0.0] * count[sample] for sample in rows],
+        features=[np.zeros((count[sample], 2), np.float32) for sample in rows],
+        after=[[]] * 3,
+        tokens=[tokens for tokens, _, _ in rows.values()],
+        acted=list(acted.values()),
+        starts=[starts for _, _, starts in rows.values()],
+    )
+    found = manager_turns(*rollouts, ManagerConfig(options=OPTIONS, diversity_coef=0.1))
+    assert found["utterance"].to_pylist() == [[21], [22, 23, 24], [11, 12], [13], [31]]
+    assert found["sample_id"].to_pylist() == [4, 4, 7, 7, 9]
+    sliced = manager_turns(rollouts[0].slice(1), rollouts[1].slice(1), ManagerConfig(options=OPTIONS, diversity_coef=1))
+    assert sliced["utterance"].to_pylist() == [[21], [22, 23, 24], [31]]
+
+
+def test_the_worker_is_paid_for_what_the_discriminator_knew_among_the_options_on_offer() -> None:
+    """At each turn's last token, 0.5 (log q + log of the number on offer) beside the manager's advantage and check."""
+    talks = [talk([1.0, 2.0], [3.0], rewards=[5.0, 7.0], checks=[1.0, 0.0]), talk([4.0], rewards=[1.0], checks=[0.0])]
+    how: dict[str, Any] = {"advantages": [[0.5, -0.25], [1.0]], "check_coef": 0.1}
+    ppo = PPO(whiten_advantages=False)
+    heard = {"log_q": [[np.log(0.9), np.log(0.25)], [0.0]], "offered": [["abc", "bc"], ["b"]]}
+    rows = assembled(ppo, *talks, **how, **heard, diversity_coef=0.5)[1]
+    first, second, alone = 0.5 * np.log(0.9 * 3), 0.5 * np.log(0.25 * 2), 0.0
+    last = 0.5 + 0.1 + first - 2.0
+    expected = [0.0 + 2.0 - 1.0 + 0.95 * last, last, -0.25 + second - 3.0]
+    np.testing.assert_allclose(acting(rows[0], "advantages"), expected, rtol=1e-6)
+    np.testing.assert_allclose(acting(rows[1], "advantages"), [1.0 + alone - 4.0], rtol=1e-6)
+    np.testing.assert_allclose(rows[0]["turn_log_q"], heard["log_q"][0], rtol=1e-6)
+    assert [row["turn_advantages"] for row in rows] == [[0.5, -0.25], [1.0]], "the manager's own are as they were"
+    assert [row["turn_rewards"] for row in rows] == [[5.0, 7.0], [1.0]]
+
+    without, off = assembled(ppo, *talks, **how)[1], assembled(ppo, *talks, **how, **heard)[1]
+    for plain, zero in zip(without, off, strict=True):
+        assert (zero["advantages"], zero["returns"]) == (plain["advantages"], plain["returns"])
+        assert zero["turn_log_q"] == []
 
 
 def option_step(
@@ -181,18 +269,22 @@ def option_step(
     rewards: list[list[float]],
     features: list[np.ndarray],
     after: list[list[float]],
+    tokens: list[list[int]] | None = None,
+    acted: list[list[bool]] | None = None,
+    starts: list[list[int]] | None = None,
 ) -> tuple[pa.Table, pa.ChunkedArray]:
-    """Rollouts whose turns have one token each, and the rewards of the turns."""
+    """Rollouts and the rewards of their turns. tokens, acted, starts: by default, turns have one token each."""
     turns = [len(own) for own in options]
+    tokens = tokens or [[1] * (1 + count) for count in turns]
     rollouts = Rollouts.of(
         {
             "sample_id": ids,
             "group_id": ids,
-            "tokens": [[1] * (1 + count) for count in turns],
-            "action_mask": [[False] + [True] * count for count in turns],
-            "logprobs": [[0.0] * (1 + count) for count in turns],
-            "versions": [[0] * (1 + count) for count in turns],
-            "turn_starts": [list(range(1, 1 + count)) for count in turns],
+            "tokens": tokens,
+            "action_mask": acted or [[False] + [True] * count for count in turns],
+            "logprobs": [[0.0] * len(own) for own in tokens],
+            "versions": [[0] * len(own) for own in tokens],
+            "turn_starts": starts or [list(range(1, 1 + count)) for count in turns],
             "option": options,
             "option_logprobs": [[-1.0] * count for count in turns],
             "option_features": [own.ravel() for own in features],

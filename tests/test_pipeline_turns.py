@@ -445,8 +445,8 @@ def test_one_option_one_turn_and_a_manager_value_of_0_is_flat_ppo_to_the_bit(
     batch = batch_of(talks, kl_coef=kl_coef, dtype=torch.float32)
     mask, real, scores = batch.turns.mask, batch.turns.real, batch.manager.rewards[:, 0].nan_to_num()
     manager = replace(batch.manager, values=torch.zeros(real.shape), values_after=torch.zeros(len(talks)))
-    certain, first = torch.zeros(*real.shape, 1).log_softmax(dim=2), torch.zeros(real.shape, dtype=torch.int64)
-    intrinsic = intrinsic_rewards(torch.zeros(real.shape), certain, first, real, check_coef=0, diversity_coef=1)
+    certain, alone = torch.zeros(real.shape), torch.ones(real.shape, dtype=torch.int64)
+    intrinsic = intrinsic_rewards(torch.zeros(real.shape), certain, alone, real, check_coef=0, diversity_coef=1)
     assert not intrinsic.any()
     worker = replace(batch.worker, intrinsic=intrinsic)
     _, low = Bilevel(intrinsic_coef=1.0, whiten_advantages=whitened).advantages(manager, worker)
@@ -500,9 +500,11 @@ def test_permuting_options_permutes_results(seed: int, options: int) -> None:
     checks = torch.from_numpy(random.random(tuple(real.shape)))
     renamed = torch.from_numpy(random.permutation(options))  # option o becomes renamed[o]
     backwards = renamed.argsort()
+    on_offer = torch.full(real.shape, options)
     found = []
     for names, columns in ((chosen, log_q), (renamed[chosen], log_q[:, :, backwards])):
-        intrinsic = intrinsic_rewards(checks, columns, names, real, check_coef=0.7, diversity_coef=0.2)
+        own = columns.gather(2, names[:, :, None]).squeeze(2)
+        intrinsic = intrinsic_rewards(checks, own, on_offer, real, check_coef=0.7, diversity_coef=0.2)
         worker = replace(batch.worker, intrinsic=intrinsic)
         found.append(Bilevel(intrinsic_coef=0.5).advantages(batch.manager, worker))
     for level in (0, 1):
@@ -612,22 +614,22 @@ def test_a_nan_that_is_real_is_noticed() -> None:
 
 
 def test_intrinsic_rewards_golden() -> None:
-    """Sure and right: log K. It knows nothing: 0. NaN where no turn is."""
-    log_q = torch.tensor([[[1.0, 0.0], [0.5, 0.5], [NAN, NAN]]]).log()
-    options, real = torch.tensor([[0, 1, -5]]), torch.tensor([[True, True, False]])
-    checks = torch.tensor([[0.0, 1.0, NAN]])
-    found = intrinsic_rewards(checks, log_q, options, real, check_coef=2.0, diversity_coef=3.0)
-    assert found[0].tolist() == pytest.approx([3 * math.log(2), 2, 0], abs=1e-6)
-    only = intrinsic_rewards(checks, log_q, options, real, check_coef=2.0, diversity_coef=0.0)
-    assert only.tolist() == [[0, 2, 0]]
+    """Sure and right: log of the number on offer. It knows nothing: 0. No choice: 0. NaN where no turn is."""
+    log_q = torch.tensor([[1.0, 0.5, 1.0, 1.0, 0.1, NAN]]).log()
+    on_offer, real = torch.tensor([[2, 2, 4, 1, 5, 0]]), torch.tensor([[True] * 5 + [False]])
+    checks = torch.tensor([[0.0, 1.0, 0.0, 0.5, 0.0, NAN]])
+    found = intrinsic_rewards(checks, log_q, on_offer, real, check_coef=2.0, diversity_coef=3.0)
+    assert found[0].tolist() == pytest.approx([3 * math.log(2), 2, 6 * math.log(2), 1, -3 * math.log(2), 0], abs=1e-6)
+    only = intrinsic_rewards(checks, log_q, on_offer, real, check_coef=2.0, diversity_coef=0.0)
+    assert only.tolist() == [[0, 2, 0, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("coef", [0.0, 1.0])
 def test_an_option_that_the_discriminator_rules_out_has_a_bounded_reward(coef: float) -> None:
     found = intrinsic_rewards(
         torch.zeros(1, 1),
-        torch.tensor([[[0.0, -math.inf]]]),
-        torch.tensor([[1]]),
+        torch.tensor([[-math.inf]]),
+        torch.tensor([[2]]),
         torch.ones(1, 1).bool(),
         check_coef=1.0,
         diversity_coef=coef,
@@ -644,9 +646,10 @@ def test_intrinsic_rewards_and_statistics_equal_the_loop(seed: int) -> None:
     k, c = int(random.integers(1, 5)), int(random.integers(1, 4))
     options = torch.from_numpy(random.integers(0, k, tuple(real.shape)))
     outcomes = torch.from_numpy(random.integers(0, c, tuple(real.shape)))
-    log_q = torch.from_numpy(random.normal(size=(*real.shape, k))).log_softmax(dim=2)
+    log_q = torch.from_numpy(-random.exponential(size=tuple(real.shape)))
+    on_offer = torch.from_numpy(random.integers(1, k + 1, tuple(real.shape)))
     checks = torch.from_numpy(random.random(tuple(real.shape)))
-    found = intrinsic_rewards(checks, log_q, options, real, check_coef=0.7, diversity_coef=0.2)
+    found = intrinsic_rewards(checks, log_q, on_offer, real, check_coef=0.7, diversity_coef=0.2)
     pairs = []
     expected = []
     for i, talk in enumerate(talks):
@@ -654,7 +657,8 @@ def test_intrinsic_rewards_and_statistics_equal_the_loop(seed: int) -> None:
         for t in range(len(talk.starts)):
             o = int(options[i, t])
             pairs.append((o, int(outcomes[i, t])))
-            expected[-1].append(0.7 * float(checks[i, t]) + 0.2 * (float(log_q[i, t, o]) + math.log(k)))
+            diversity = float(log_q[i, t]) + math.log(int(on_offer[i, t]))
+            expected[-1].append(0.7 * float(checks[i, t]) + 0.2 * diversity)
     assert_rows(found, expected)
     nowhere = options.where(real, 77)  # what stands in the padding is not counted
     statistics = option_statistics(option_counts(nowhere, outcomes, real, option_count=k, outcome_count=c))
@@ -751,5 +755,11 @@ def test_an_option_that_there_is_not_is_refused(wrong: int) -> None:
     message = f"options: must be at least 0 and less than 3, got {wrong} in turn 1 of conversation 1"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         option_counts(options, options * 0, real, option_count=3, outcome_count=1)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        intrinsic_rewards(torch.zeros(2, 2), torch.zeros(2, 2, 3), options, real, check_coef=1, diversity_coef=1)
+
+
+def test_a_turn_whose_option_was_not_on_offer_is_noticed() -> None:
+    nothing, on_offer, real = torch.zeros(1, 2), torch.tensor([[1, 0]]), torch.tensor([[True, True]])
+    with pytest.raises(AssertionError, match="a turn whose option was not on offer"):
+        intrinsic_rewards(nothing, nothing, on_offer, real, check_coef=1, diversity_coef=1)
+    real[0, 1] = False
+    assert intrinsic_rewards(nothing, nothing, on_offer, real, check_coef=1, diversity_coef=1).tolist() == [[0, 0]]

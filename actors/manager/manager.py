@@ -1,7 +1,8 @@
 """The manager: the high-level policy as a role of one rank, whose learning is done by RLlib.
 
 Consumes: tables of `Turns`, which it learns from. Publishes: the policy head's weights, for the `OptionHead` of rollout
-workers. RLlib takes seconds to import, so it is imported by `connect`, in the manager's own process only.
+workers. With `diversity_coef` it keeps a discriminator as well, which only the low-level policy's reward depends on.
+RLlib takes seconds to import, so it is imported by `connect`, in the manager's own process only.
 
 Everything computes on the CPU with one thread: the model is two linear layers, and its bits then do not depend on the
 machine's number of cores. The state is weights and moments; everything random is a function of the seed and of Adam's
@@ -21,12 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from actors.learner.fragments import Fragment, adamw_state
 from actors.learner.reports import RestoreReport, ShardReport
 from actors.learner.shards import open_shards, write_shard
+from actors.manager.discriminator import Discriminator
 from actors.manager.option_head import WEIGHTS, Floats
-from actors.manager.reports import ManagerReady, ManagerReport, ManagerSpec
+from actors.manager.reports import DiscriminatorReport, ManagerReady, ManagerReport, ManagerSpec
 from actors.manager.turns import TurnAdvantages, Turns
 from actors.weights import parameters_checksum
 from cluster.storage import Folder
@@ -54,6 +57,7 @@ class Manager:
 
             self._group = make_group(self._spec.width, self.config)
         self._learner: OptionLearner = self._group._learner
+        self._discriminator = Discriminator(self.config) if self.config.diversity_coef else None
         return ManagerReady(
             parameters=sum(parameter.numel() for parameter in self._learner.model.parameters()),
             checksum=parameters_checksum(self._learner.model),
@@ -76,7 +80,8 @@ class Manager:
                 seed=self._spec.seed,
                 step=self.steps,
             )
-        return self._report(turns, started)
+            heard = self._discriminator.learn(turns) if self._discriminator is not None else None
+        return self._report(turns, heard, started)
 
     def advantages(self, table: pa.Table) -> tuple[int, pa.Table]:
         """The `TurnAdvantages` of a table of `Turns` as the next update would see them, without learning.
@@ -88,12 +93,14 @@ class Manager:
             from actors.manager.learner import episodes_of
 
             _, found = self._learner.estimate(episodes_of(turns))
+            heard = self._discriminator.log_q(turns) if self._discriminator is not None else None
         table = TurnAdvantages.of(
             {
                 "sample_id": turns.column("sample_id"),
                 "turn": turns.column("turn"),
                 "advantage": found.advantages.numpy(),
                 "value": found.values.numpy(),
+                "log_q": np.zeros(len(turns), np.float32) if heard is None else heard,
             }
         ).table
         return table.num_rows, table
@@ -115,8 +122,8 @@ class Manager:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps so far."""
-        return int(max(fragment.step for fragment in self._fragments()))
+        """Optimiser steps of the manager's two heads so far."""
+        return int(max(adamw_state(self._learner.adam, each)["step"] for each in self._learner.model.parameters()))
 
     def save(self, folder: str) -> ShardReport:
         """Write the training state into the folder: weights, moments and step counter, in one file."""
@@ -138,20 +145,10 @@ class Manager:
 
     def _fragments(self) -> list[Fragment]:
         """The training state, as views to read and to fill."""
-        found = []
-        for name, parameter in self._learner.model.named_parameters():
-            state = adamw_state(self._learner.adam, parameter)
-            found.append(
-                Fragment(
-                    name=name,
-                    numel=parameter.numel(),
-                    start=0,
-                    weight=parameter.detach().view(-1),
-                    exp_avg=state["exp_avg"].view(-1),
-                    exp_avg_sq=state["exp_avg_sq"].view(-1),
-                    step=state["step"],
-                )
-            )
+        heads = self._learner.model.named_parameters()
+        found = [_fragment(name, parameter, self._learner.adam) for name, parameter in heads]
+        if self._discriminator is not None:
+            found.append(_fragment("discriminator_weight", self._discriminator.weight, self._discriminator.adam))
         return found
 
     def _checked(self, table: pa.Table) -> Turns:
@@ -163,9 +160,14 @@ class Manager:
                 f"Turns: must have {expected[0]} features and {expected[1]} options, as the manager has, got "
                 f"{turns.width} and {turns.options}"
             )
+        if self._discriminator is not None and not turns.utterances[0].size:
+            raise ValueError(
+                f"Turns.utterance: must have the tokens of each turn when manager.diversity_coef is "
+                f"{self.config.diversity_coef:g}, got none; the discriminator guesses the option from them"
+            )
         return turns
 
-    def _report(self, turns: Turns, started: float) -> ManagerReport:
+    def _report(self, turns: Turns, heard: DiscriminatorReport | None, started: float) -> ManagerReport:
         learner, found = self._learner, self._learner.estimates
         weight = np.array([each.turns for each in learner.statistics], np.float64)
 
@@ -190,7 +192,21 @@ class Manager:
             updates=len(learner.norms),
             skipped=learner.skipped,
             seconds=time.perf_counter() - started,
+            discriminator=heard,
         )
+
+
+def _fragment(name: str, parameter: Tensor, adam: torch.optim.Adam) -> Fragment:
+    state = adamw_state(adam, parameter)
+    return Fragment(
+        name=name,
+        numel=parameter.numel(),
+        start=0,
+        weight=parameter.detach().view(-1),
+        exp_avg=state["exp_avg"].view(-1),
+        exp_avg_sq=state["exp_avg_sq"].view(-1),
+        step=state["step"],
+    )
 
 
 def _explained_variance(found: Estimates) -> float:

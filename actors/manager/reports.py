@@ -29,6 +29,20 @@ class ManagerReady:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiscriminatorReport:
+    """The report on a discriminator's update, of the time before it: how it did on turns that it had not seen.
+
+    loss:     cross-entropy in nats, over turns weighted as they are learnt from.
+    accuracy: share of turns whose option it thought the likeliest of those on offer, the first of equals.
+    reward:   mean of diversity_coef * (log q(o | u) - log p(o)), what the policy was paid for a turn.
+    """
+
+    loss: float
+    accuracy: float
+    reward: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ManagerReport:
     """The report on one update. Losses, entropy and norms are means over all minibatches, weighted by their turns.
 
@@ -43,6 +57,7 @@ class ManagerReport:
     explained_variance:      1 - Var(return - V) / Var(return) before the update; 0 if all returns are equal.
     reward:                  mean extrinsic reward of a turn.
     updates, skipped:        optimiser steps, and minibatches whose gradient was not finite and was dropped.
+    discriminator:           its own report, if there is one.
     """
 
     conversations: int
@@ -62,3 +77,4 @@ class ManagerReport:
     updates: int
     skipped: int
     seconds: float
+    discriminator: DiscriminatorReport | None = None

@@ -2,7 +2,8 @@
 
 Shapes: N turns, C conversations, D features (the width of the language model's hidden state), K options.
 
-What was left out: the rewards of the low-level policy. The manager learns from the extrinsic reward only.
+What was left out: the rewards of the low-level policy. The manager learns from the extrinsic reward only; what was said
+is for its discriminator alone.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ class Turns(TypedTable):
     terminated      [  0,   1,   0]         the conversation ended: no state follows
     truncated       [  0,   0,   1]         the conversation was cut: a state follows, which nobody acted in
     last_features   [[], [], [.3, .4]]      h of this following state where `truncated`, else empty
+    utterance       [[5, 9], [7], [8, 2]]   the tokens of the turn, as the policy sampled them; all empty without a
+                                            discriminator
     """
 
+    may_be_empty: ClassVar[tuple[str, ...]] = ("utterance",)
     schema: ClassVar[pa.Schema] = required(
         [
             ("sample_id", pa.int64()),
@@ -47,6 +51,7 @@ class Turns(TypedTable):
             ("terminated", pa.bool_()),
             ("truncated", pa.bool_()),
             ("last_features", pa.list_(pa.float32())),
+            ("utterance", pa.list_(pa.int32())),
         ]
     )
 
@@ -57,6 +62,7 @@ class Turns(TypedTable):
         self._check_ends()
         self._check_features()
         self._check_options()
+        self._check_utterances()
         self._must("reward", np.isfinite(self.column("reward")), "must be finite")
 
     @property
@@ -92,6 +98,11 @@ class Turns(TypedTable):
         out = np.zeros((len(ends), self.width), np.float32)
         out[np.diff(offsets)[ends] > 0] = values.reshape(-1, max(self.width, 1))
         return out
+
+    @property
+    def utterances(self) -> tuple[ragged.Array, ragged.Array]:
+        """The tokens of all turns, one after the other, and the offsets of each turn's, (N + 1,)."""
+        return ragged.flat(self.table["utterance"])
 
     def column(self, name: str) -> ragged.Array:
         """(N,) a column of numbers or booleans."""
@@ -141,6 +152,10 @@ class Turns(TypedTable):
         logprob = self.column("option_logprob")
         self._must("option_logprob", np.isfinite(logprob) & (logprob <= 0), "must be finite and <= 0")
 
+    def _check_utterances(self) -> None:
+        sizes = ragged.lengths(self.table["utterance"])
+        self._must("utterance", (sizes > 0) | ~sizes.any(), "must have a token in each row, or none in any")
+
     def _must(self, name: str, holds: ragged.Array, rule: str) -> None:
         if not holds.all():
             row = int(np.argmin(holds))
@@ -151,8 +166,18 @@ class Turns(TypedTable):
 
 @dataclass(frozen=True, slots=True)
 class TurnAdvantages(TypedTable):
-    """Advantage (GAE over turns, not whitened) and value V(h) of each turn of a table of `Turns`, in its order."""
+    """What the manager thinks of each turn of a table of `Turns`, in its order, before it learns from them.
+
+    advantage: GAE over turns, not whitened. value: V(h). log_q: log q(option | utterance) of the discriminator, 0 if
+    there is none.
+    """
 
     schema: ClassVar[pa.Schema] = required(
-        [("sample_id", pa.int64()), ("turn", pa.int32()), ("advantage", pa.float32()), ("value", pa.float32())]
+        [
+            ("sample_id", pa.int64()),
+            ("turn", pa.int32()),
+            ("advantage", pa.float32()),
+            ("value", pa.float32()),
+            ("log_q", pa.float32()),
+        ]
     )

@@ -21,7 +21,6 @@ Left out: options that last several turns. An option lasts one turn, so the mana
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -259,23 +258,23 @@ class Bilevel(Config):
 
 
 def intrinsic_rewards(
-    checks: Tensor, log_q: Tensor, options: Tensor, real: Tensor, *, check_coef: float, diversity_coef: float
+    checks: Tensor, log_q: Tensor, on_offer: Tensor, real: Tensor, *, check_coef: float, diversity_coef: float
 ) -> Tensor:
-    """r_int = check_coef * check(o, u) + diversity_coef * (log q(o|u) + log K), (B, T), 0 where not real.
+    """r_int = check_coef * check(o, u) + diversity_coef * (log q(o|u) - log p(o)), (B, T), 0 where not real.
 
-    checks: (B, T), how well the utterance carries out its option. log_q: (B, T, K), log-probs of a discriminator that
-    guesses the option from the utterance. options: (B, T) int64 in [0, K).
+    checks: (B, T), how well the utterance carries out its option. log_q: (B, T), log-prob of the turn's option by a
+    discriminator that guesses it from the utterance, among those on offer. on_offer: (B, T) int64, how many options
+    were on offer in the turn, at least 1.
 
-    The second part is log q(o|u) - log p(o) with p = 1/K: Eysenbach et al. 2018, "Diversity is All You Need", eq. 3. It
-    is 0 where the discriminator knows nothing, and log K at most. With options in equal use its mean is a lower bound
-    of the mutual information of option and utterance. log q is bounded below by -MAX_LOG_RATIO, or one turn would take
-    the whole step.
+    The second part is Eysenbach et al. 2018, "Diversity is All You Need", eq. 3, with p = 1 / on_offer. It is 0 where
+    the discriminator knows nothing or where there was no choice, and log on_offer at most. With options in equal use
+    its mean is a lower bound of the mutual information of option and utterance. log q is bounded below by
+    -MAX_LOG_RATIO, or one turn would take the whole step.
     """
-    _check_range("options", options, real, log_q.shape[2])
-    zero = log_q.new_zeros(())
-    chosen = log_q.gather(2, options.where(real, 0)[:, :, None]).squeeze(2)  # (B, T)
-    rewards = check_coef * checks + diversity_coef * (chosen.clamp(min=-MAX_LOG_RATIO) + math.log(log_q.shape[2]))
-    return rewards.where(real, zero)
+    assert bool((on_offer >= 1).where(real, True).all()), "a turn whose option was not on offer"
+    information = log_q.clamp(min=-MAX_LOG_RATIO) + on_offer.double().log().to(log_q.dtype)
+    rewards = check_coef * checks + diversity_coef * information
+    return rewards.where(real, log_q.new_zeros(()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from pipeline.algorithms.shaping import ShapingConfig, shape_scores, shape_token
 from pipeline.algorithms.turns import credit_turns, gae_within_turns
 from pipeline.assembly.conversations import ConversationStep, conversation_metrics
 from pipeline.assembly.grid import ActionGrid
-from pipeline.assembly.hierarchy import checks, manager_turns, option_metrics, turn_advantages
+from pipeline.assembly.hierarchy import manager_turns, option_metrics, turn_columns, worker_rewards
 from pipeline.assembly.joined import Counts, JoinedStep, StepTables
 from pipeline.assembly.own_columns import with_own_columns
 from pipeline.assembly.report import AssemblyReport, report_of
@@ -84,7 +84,8 @@ def assemble(
         )
     else:
         estimates = how.algorithm.advantages(trajectories)
-    experience = _experience(how.algorithm, step, estimates, grid, conversations)
+    of_turns = turn_columns(step, conversations, how.manager) if conversations is not None else {}
+    experience = _experience(how.algorithm, step, estimates, grid, of_turns)
     experience = with_own_columns(experience, how.algorithm, trajectories, grid)
     shaped_mean = float(trajectories.scores.mean())
     report = report_of(experience, step, shaped_mean, how.algorithm.kl_estimator)
@@ -98,7 +99,7 @@ def assemble(
 def turns_of_step(how: Assembly, sample_ids: Sequence[int], counts: Counts, *tables: pa.Table) -> tuple[int, pa.Table]:
     """What the manager learns from: the number of turns, and their table; see `assemble`."""
     step = JoinedStep.of(StepTables.of(tables, counts), sample_ids)
-    table = manager_turns(step.rollouts, step.scores["turn_rewards"], len(how.manager.options))
+    table = manager_turns(step.rollouts, step.scores["turn_rewards"], how.manager)
     return table.num_rows, table
 
 
@@ -108,7 +109,7 @@ def _trajectories(
     """What the algorithm estimates from: shaped scores, and rewards with the KL penalty, if it belongs there.
 
     In conversations each turn's reward is credited at its own last token; what shaping adds or takes, at the very last.
-    With a manager, its advantage of the turn takes the place of the reward.
+    With a manager, its advantage of the turn takes the place of the reward, and the intrinsic reward is added.
     """
     raw = torch.from_numpy(step.scores["reward"].to_numpy().copy())
     score = shape_scores(
@@ -125,8 +126,7 @@ def _trajectories(
     else:
         turn_rewards = conversations.with_last(score - raw)
         if step.turn_advantages is not None:
-            intrinsic = how.manager.check_coef * checks(conversations.records, conversations)
-            turn_rewards = turn_advantages(step, step.turn_advantages, conversations) + intrinsic
+            turn_rewards = worker_rewards(step, conversations, how.manager)
         rewards = credit_turns(-penalty * kl, turn_rewards, conversations.turns)
     return Trajectories(
         rewards=shape_token_rewards(how.shaping, rewards, grid.mask),
@@ -143,7 +143,7 @@ def _experience(
     step: JoinedStep,
     estimates: Advantages,
     grid: ActionGrid,
-    conversations: ConversationStep | None,
+    of_turns: dict[str, object],
 ) -> Experience:
     """The step's columns, with returns and advantages, whitened if the algorithm asks for that."""
     advantages = whiten(estimates.advantages, grid.mask) if algorithm.whiten_advantages else estimates.advantages
@@ -154,12 +154,6 @@ def _experience(
         "advantages": grid.unpad(advantages),
         "returns": grid.unpad(estimates.returns),
     }
-    of_turns: dict[str, object] = {}
-    if conversations is not None and step.turn_advantages is not None:
-        found = turn_advantages(step, step.turn_advantages, conversations)
-        of_turns["turn_advantages"] = [
-            row[real].numpy() for row, real in zip(found, conversations.turns.real, strict=True)
-        ]
     columns = {name: step.rollouts[name] for name in Rollouts.schema.names} | {
         name: step.scores[name] for name in ("reward", "turn_rewards")
     }

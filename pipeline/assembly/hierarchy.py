@@ -2,8 +2,9 @@
 
     Rollouts, Scores --manager_turns--> Turns --manager--> TurnAdvantages --worker_rewards--> the worker's token rewards
 
-The manager sees the extrinsic rewards alone. The worker sees the manager's advantage of each turn, and the check of its
-sub-task; see `pipeline/algorithms/turns.py`.
+The manager sees the extrinsic rewards alone. The worker sees the manager's advantage of each turn, the check of its
+sub-task and, with `diversity_coef`, how well the discriminator knew the option from what was said; see
+`pipeline/algorithms/turns.py`.
 
 B conversations; N turns of all of them; A action tokens and T turns of the longest ones.
 """
@@ -19,16 +20,18 @@ import pyarrow as pa
 import torch
 
 from actors import ragged
+from actors.config import ManagerConfig
 from actors.manager.turns import TurnAdvantages, Turns
-from pipeline.algorithms.turns import option_counts, option_statistics
+from pipeline.algorithms.turns import intrinsic_rewards, option_counts, option_statistics
 from pipeline.assembly.conversations import ConversationStep
 from pipeline.assembly.joined import JoinedStep
 
 
-def manager_turns(rollouts: pa.Table, turn_rewards: pa.ChunkedArray, options: int) -> pa.Table:
-    """The turns of conversations as the manager learns from them, in the order of sample ids. options: K.
+def manager_turns(rollouts: pa.Table, turn_rewards: pa.ChunkedArray, manager: ManagerConfig) -> pa.Table:
+    """The turns of conversations as the manager learns from them, in the order of sample ids.
 
-    rollouts: the columns of Rollouts, of B conversations. turn_rewards: of each turn, B rows.
+    rollouts: the columns of Rollouts, of B conversations. turn_rewards: of each turn, B rows. What was said goes with
+    the turns only if there is a discriminator to hear it.
 
     What was broken off is truncated: the features after its last line stand for the state that would follow. Where the
     context is full there is no such state, and nothing counts beyond, as for the flat policy.
@@ -49,7 +52,7 @@ def manager_turns(rollouts: pa.Table, turn_rewards: pa.ChunkedArray, options: in
             "sample_id": np.repeat(rollouts["sample_id"].to_numpy(), counts),
             "turn": (np.arange(total) - np.repeat(offsets[:-1], counts)).astype(np.int32),
             "features": list(features.reshape(total, -1)),
-            "offered": list(offered.reshape(total, options)),
+            "offered": list(offered.reshape(total, len(manager.options))),
             "option": chosen.astype(np.int16),
             "option_logprob": ragged.flat(rollouts["option_logprobs"])[0],
             "reward": ragged.flat(rewards)[0],
@@ -57,32 +60,81 @@ def manager_turns(rollouts: pa.Table, turn_rewards: pa.ChunkedArray, options: in
             "truncated": truncated,
             "last_features": [next(following) if cut else [] for cut in truncated],
         }
+        | ({"utterance": _utterances(rollouts)} if manager.diversity_coef else {})
     ).table
 
 
-def advantages_table(sample_ids: pa.ChunkedArray, advantages: pa.ChunkedArray) -> pa.Table:
+def _utterances(rollouts: pa.Table) -> pa.ListArray:
+    """The action tokens of each turn, N rows: nothing that the policy was given, so no control token of an option."""
+    tokens, offsets = ragged.flat(rollouts["tokens"])
+    acted = ragged.flat(rollouts["action_mask"])[0]
+    starts, first = ragged.flat(rollouts["turn_starts"])
+    begins = starts + np.repeat(offsets[:-1], np.diff(first))  # (N,), ascending, among all tokens
+    turn = np.searchsorted(begins, np.flatnonzero(acted), side="right") - 1
+    ends = np.cumsum(np.bincount(turn, minlength=len(begins)))
+    return ragged.unflat(tokens[acted], np.append(0, ends), pa.int32())
+
+
+def advantages_table(experience: pa.Table) -> pa.Table:
     """The manager's `TurnAdvantages` as the experience has them, a list for each conversation; values are not known."""
-    values, offsets = ragged.flat(advantages)
-    counts = np.diff(offsets)
+    values, offsets = ragged.flat(experience["turn_advantages"])
+    heard = ragged.flat(experience["turn_log_q"])[0]
+    counts, unknown = np.diff(offsets), np.zeros(len(values), np.float32)
     return TurnAdvantages.of(
         {
-            "sample_id": np.repeat(sample_ids.to_numpy(), counts),
+            "sample_id": np.repeat(experience["sample_id"].to_numpy(), counts),
             "turn": (np.arange(len(values)) - np.repeat(offsets[:-1], counts)).astype(np.int32),
             "advantage": values,
-            "value": np.zeros(len(values), np.float32),
+            "value": unknown,
+            "log_q": heard if len(heard) else unknown,
         }
     ).table
 
 
-def turn_advantages(step: JoinedStep, table: pa.Table, conversations: ConversationStep) -> torch.Tensor:
-    """The manager's advantages, (B, T), in the order of the step; 0 where not real."""
-    found = TurnAdvantages(table).table
+def turn_columns(step: JoinedStep, conversations: ConversationStep, manager: ManagerConfig) -> dict[str, object]:
+    """What the experience keeps of the manager's view, a list for each conversation; nothing without a manager."""
+    if step.turn_advantages is None:
+        return {}
+    columns = {"turn_advantages": "advantage"} | ({"turn_log_q": "log_q"} if manager.diversity_coef else {})
+    real = conversations.turns.real
+    return {
+        name: [row[own].numpy() for row, own in zip(_by_turn(step, column, conversations), real, strict=True)]
+        for name, column in columns.items()
+    }
+
+
+def worker_rewards(step: JoinedStep, conversations: ConversationStep, manager: ManagerConfig) -> torch.Tensor:
+    """The worker's reward for each turn: the manager's advantage and the intrinsic reward, (B, T); 0 where not real."""
+    real = conversations.turns.real
+    log_q, on_offer = torch.zeros(real.shape), torch.ones(real.shape, dtype=torch.int64)
+    if manager.diversity_coef:
+        log_q, on_offer = _by_turn(step, "log_q", conversations), _on_offer(step, len(manager.options))
+    return _by_turn(step, "advantage", conversations) + intrinsic_rewards(
+        checks(conversations.records, conversations),
+        log_q,
+        on_offer,
+        real,
+        check_coef=manager.check_coef,
+        diversity_coef=manager.diversity_coef,
+    )
+
+
+def _by_turn(step: JoinedStep, name: str, conversations: ConversationStep) -> torch.Tensor:
+    """A column of the manager's view, (B, T), in the order of the step; 0 where not real."""
+    assert step.turn_advantages is not None
+    found = TurnAdvantages(step.turn_advantages).table
     ids = step.rollouts["sample_id"].to_numpy()
     order = np.argsort(ids, kind="stable")
     row = np.searchsorted(ids, found["sample_id"].to_numpy(), sorter=order)
     grid = np.zeros(tuple(conversations.turns.real.shape), np.float32)
-    grid[order[row], found["turn"].to_numpy()] = found["advantage"].to_numpy()
+    grid[order[row], found["turn"].to_numpy()] = found[name].to_numpy()
     return torch.from_numpy(grid)
+
+
+def _on_offer(step: JoinedStep, options: int) -> torch.Tensor:
+    """How many options could be chosen in each turn, (B, T). options: K."""
+    offered, offsets = ragged.flat(step.rollouts["options_offered"])
+    return torch.from_numpy(ragged.pad(offered.reshape(-1, options).sum(1), offsets // options))
 
 
 def checks(records: Sequence[Mapping[str, Any]], conversations: ConversationStep) -> torch.Tensor:

@@ -298,6 +298,22 @@ def _manager_rules(config: RunConfig) -> None:
             f"manager.check: must be given when manager.check_coef is {manager.check_coef:g}, got none; it says "
             "whether a reply carries out its option"
         )
+    _diversity_rules(manager)
+
+
+def _diversity_rules(manager: ManagerConfig) -> None:
+    if manager.diversity_coef and len(manager.options) == 1:
+        raise ValueError(
+            f"manager.diversity_coef: must be 0 when there is one option, got {manager.diversity_coef:g}; a "
+            "discriminator has nothing to tell apart"
+        )
+    for name, field in ManagerConfig.model_fields.items():
+        value = getattr(manager, name)
+        if name.startswith("discriminator_") and not manager.diversity_coef and value != field.default:
+            raise ValueError(
+                f"manager.diversity_coef: must be > 0 when manager.{name} is {value:g}, got 0; there is no "
+                "discriminator without it"
+            )
 
 
 def _model_rules(config: RunConfig) -> None:

@@ -92,8 +92,15 @@ def learner_values(role: str, report: UpdateReport) -> dict[str, float]:
 
 
 def manager_values(report: ManagerReport) -> dict[str, float]:
-    """The numbers of the manager's report, under their names in the metrics; in nats."""
-    return {f"manager/{name}": float(getattr(report, name)) for name in _OF_MANAGER}
+    """The numbers of the manager's report, and of its discriminator's, under their names in the metrics; in nats."""
+    values = {f"manager/{name}": float(getattr(report, name)) for name in _OF_MANAGER}
+    if (heard := report.discriminator) is not None:
+        values |= {
+            "manager/discriminator_loss": heard.loss,
+            "manager/discriminator_accuracy": heard.accuracy,
+            "manager/diversity_reward": heard.reward,
+        }
+    return values
 
 
 class Incidents:

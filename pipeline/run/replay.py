@@ -25,7 +25,6 @@ from rich.text import Text
 
 from actors import ragged
 from actors.experience import Experience, Rollouts, Scores
-from actors.learner.learner import UpdateReport
 from cluster.events import Pump
 from cluster.imports import OWN
 from cluster.placement import place
@@ -37,8 +36,8 @@ from pipeline.config.run_config import RunConfig
 from pipeline.data.registry import load_task
 from pipeline.folder.run_folder import read_history, steps_at
 from pipeline.loop.commits import commit_at_or_before
-from pipeline.loop.learners import Learners
-from pipeline.loop.metrics import learner_values
+from pipeline.loop.learners import LearnerReports, Learners
+from pipeline.loop.metrics import learner_values, manager_values
 from pipeline.loop.wiring import declare_roles, demands
 from pipeline.observe.log import DriverLog
 from pipeline.observe.observer import read_metrics
@@ -134,7 +133,7 @@ def _advantages(config: RunConfig, experience: Experience, kl_coef: float) -> li
         if config.algorithm.needs_proximal
         else []
     )
-    advised = [advantages_table(ids, table["turn_advantages"])] if config.manager.options else []
+    advised = [advantages_table(table)] if config.manager.options else []
     parts = (reference, values, proximal, advised)
     counts, tables = (1, 1, *map(len, parts)), [one for part in parts for one in part]
     _, again = assemble(Assembly.of(config, kl_coef), ids.to_pylist(), counts, rollouts, scores, *tables)
@@ -190,16 +189,20 @@ def _losses(
             for number in range(first, step + 1):
                 learners.config = config.model_copy(update={"steps": steps_at(history, number)})
                 reports = _update(learners, run_dir, number, float(recorded[number]["kl/coef"]))
-                progress.advance(f"step {number}: policy loss {reports['policy'].loss:.4g}")
+                progress.advance(f"step {number}: policy loss {reports.policy.loss:.4g}")
         finally:
             roles.close()
             placed.remove()
     return _compared(reports, recorded[step])
 
 
-def _compared(reports: Mapping[str, UpdateReport], then: Mapping[str, Any]) -> list[ReplayComparison]:
+def _compared(reports: LearnerReports, then: Mapping[str, Any]) -> list[ReplayComparison]:
     """The learners' numbers beside those in the record of the step."""
-    values = {name: value for role, report in reports.items() for name, value in learner_values(role, report).items()}
+    values = learner_values("policy", reports.policy)
+    if reports.critic is not None:
+        values |= learner_values("critic", reports.critic)
+    if reports.manager is not None:
+        values |= manager_values(reports.manager)
     return [
         ReplayComparison(name=name, recorded=float(then[name]), replayed=value)
         for name, value in values.items()
@@ -207,13 +210,12 @@ def _compared(reports: Mapping[str, UpdateReport], then: Mapping[str, Any]) -> l
     ]
 
 
-def _update(learners: Learners, run_dir: Path, step: int, kl_coef: float) -> dict[str, UpdateReport]:
+def _update(learners: Learners, run_dir: Path, step: int, kl_coef: float) -> LearnerReports:
     import ray
 
     from pipeline.assembly.hierarchy import manager_turns
 
-    table, options = _experience(run_dir, step).table, learners.config.manager.options
+    table, manager = _experience(run_dir, step).table, learners.config.manager
     rollouts = table.select(Rollouts.schema.names)
-    turns = ray.put(manager_turns(rollouts, table["turn_rewards"], len(options))) if options else None
-    found = learners.update(ray.put(table), step, kl_coef, turns)
-    return {"policy": found.policy} | ({"critic": found.critic} if found.critic else {})
+    turns = ray.put(manager_turns(rollouts, table["turn_rewards"], manager)) if manager.options else None
+    return learners.update(ray.put(table), step, kl_coef, turns)
