@@ -234,6 +234,12 @@ class ManagerConfig(Config):
     options: tuple[str, ...] = ()
     """Names of the sub-tasks, as the environment offers them. Each is a control token before the turn."""
 
+    start: Literal["uniform", "demonstrations"] = "uniform"
+    """What the manager chooses before it has learned: any option on offer alike, or as the demonstrations do.
+
+    Demonstrations show options if their prompts end with control tokens.
+    """
+
     check: str = ""
     """Your check of sub-tasks as `package.module:name`, called as f(options, replies) -> one number each.
 

@@ -28,7 +28,7 @@ from actors.learner.fragments import Fragment, adamw_state
 from actors.learner.reports import RestoreReport, ShardReport
 from actors.learner.shards import open_shards, write_shard
 from actors.manager.discriminator import Discriminator
-from actors.manager.option_head import WEIGHTS, Floats
+from actors.manager.option_head import WEIGHTS, Floats, load_head
 from actors.manager.reports import DiscriminatorReport, ManagerReady, ManagerReport, ManagerSpec
 from actors.manager.turns import TurnAdvantages, Turns
 from actors.weights import parameters_checksum
@@ -51,12 +51,20 @@ class Manager:
         self.config = spec.config
 
     def connect(self, address: str | None = None, port: int = 0) -> ManagerReady:
-        """Import RLlib and build the learner; there are no other ranks to meet at address:port."""
+        """Import RLlib and build the learner; there are no other ranks to meet at address:port.
+
+        Raises ValueError when the head that it is to begin with is of other sizes.
+        """
         with _settled():
             from actors.manager.learner import make_group
 
             self._group = make_group(self._spec.width, self.config)
         self._learner: OptionLearner = self._group._learner
+        if self._spec.start:
+            head = load_head(self._spec.start, len(self.config.options), self._spec.width)
+            named = dict(self._learner.model.named_parameters())
+            for name in WEIGHTS:
+                named[name].data.copy_(torch.from_numpy(head[name]))
         self._discriminator = Discriminator(self.config) if self.config.diversity_coef else None
         return ManagerReady(
             parameters=sum(parameter.numel() for parameter in self._learner.model.parameters()),

@@ -12,12 +12,13 @@ class ManagerSpec:
     """What a manager is made of.
 
     width: number of features of a turn, the width of the language model's hidden state. seed: of the order in which
-    turns are learnt from; the first weights are all zero.
+    turns are learnt from. start: a model's folder whose option head the first weights are; "": they are all zero.
     """
 
     width: int
     config: ManagerConfig
     seed: int
+    start: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,12 @@ Also the name of the entry of a policy's `config.json` that says that a manager 
 
 from __future__ import annotations
 
+import re
+
 TRAINED_HEAD = "raylign_option_head"  # its value is the name of the head's file, which lies beside it
+
+
+CONTROL = re.compile(r"<\|option:.+\|>")  # what `option_token` writes
 
 
 def option_token(name: str) -> str:

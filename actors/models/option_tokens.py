@@ -20,7 +20,8 @@ from torch import Tensor
 from actors.config import OPTION_NAME
 from actors.models.causal_lm import check_vocabulary, load_causal_lm
 from actors.models.export import check_saved, save_model
-from actors.models.option_names import option_token
+from actors.models.option_names import CONTROL, option_token
+from actors.models.suppressed import written_suppressed
 from actors.models.tokenizer import load_tokenizer
 
 _NAME = re.compile(OPTION_NAME)
@@ -42,6 +43,16 @@ def option_ids(tokenizer: Any, names: Sequence[str]) -> tuple[int, ...]:
                 "with `add_option_tokens`"
             )
     return tuple(words[token] for token in map(option_token, names))
+
+
+def learned_options(path: str, tokenizer: Any) -> frozenset[int]:
+    """The control tokens that a model may learn to predict: those of its tokenizer that it does not suppress.
+
+    Where a demonstration's prompt ends with one, fine-tuning learns it with the reply, so that the state before it
+    knows what would be chosen; a manager chooses from that state. path: folder or hub name of the model.
+    """
+    shown = {number for token, number in tokenizer.get_vocab().items() if CONTROL.fullmatch(token)}
+    return frozenset(shown.difference(written_suppressed(path)))
 
 
 def add_option_tokens(path: str, folder: Path, names: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ def check_suppressed(path: str, vocabulary: int, field: str = "model.path") -> N
     vocabulary: number of the model's embeddings. Raises ValueError naming the field unless they are tokens of the model
     that do not end a reply.
     """
-    ids = _written(path)
+    ids = written_suppressed(path)
     if not ids:
         return
     rule = f"{field}: must have tokens that do not end a reply as suppress_tokens of its generation_config.json"
@@ -53,8 +53,11 @@ def check_suppressed(path: str, vocabulary: int, field: str = "model.path") -> N
         raise ValueError(f"{rule}, got {ends[0]} in {path!r}, which ends a reply; take it off the list")
 
 
-def _written(path: str) -> list[Any]:
-    """`suppress_tokens` as loading a model finds it: in generation_config.json or, without one, in config.json."""
+def written_suppressed(path: str) -> list[Any]:
+    """`suppress_tokens` of a folder or hub name, as loading the model finds it.
+
+    It stands in generation_config.json or, without one, in config.json.
+    """
     from transformers import GenerationConfig
 
     for name in ("generation_config.json", "config.json"):

@@ -38,9 +38,14 @@ def encode_block(texts: pa.Table, *, comparisons: bool, tokenizer_path: str, con
 
     Returns the rows that fit, as the learners' table with the columns `number`, `truncated` and `cut` after its own.
     """
-    codec = _codec(tokenizer_path)
-    fit_rows = _comparisons if comparisons else _demonstrations
-    rows = [row for row in fit_rows(texts.to_pylist(), codec, codec.tokenizer.eos_token_id, context, shortens) if row]
+    codec, given = _codec(tokenizer_path), texts.to_pylist()
+    eos = codec.tokenizer.eos_token_id
+    found = (
+        _comparisons(given, codec, eos, context, shortens)
+        if comparisons
+        else _demonstrations(given, codec, eos, context, shortens, _learned(tokenizer_path))
+    )
+    rows = [row for row in found if row]
     table = (
         Comparisons.of_texts([row.parts for row in rows], _margins(texts, rows)).table
         if comparisons
@@ -53,19 +58,21 @@ def encode_block(texts: pa.Table, *, comparisons: bool, tokenizer_path: str, con
 
 
 def _demonstrations(
-    rows: list[dict[str, Any]], codec: TextCodec, eos: int, context: int, shortens: bool
+    rows: list[dict[str, Any]], codec: TextCodec, eos: int, context: int, shortens: bool, learned: frozenset[int]
 ) -> list[EncodedRow | None]:
+    """learned: control tokens that are learned with the reply."""
     prompts = codec.encode_prompts([row["prompts"][0] for row in rows])
     responses = codec.encode_replies([row["replies"][0] for row in rows])
     found: list[EncodedRow | None] = []
     for row, prompt, response in zip(rows, prompts, responses, strict=True):
+        prompt, response = with_option(prompt, response, learned)
         room, response = context - len(response) - 1, [*response, eos]
         if len(prompt) <= room:
             found.append(EncodedRow(number=row["number"], parts=(prompt, response)))
         elif room < 1 or not shortens:
             found.append(None)
         else:
-            ids = codec.encode_prompts(row["prompts"][1:])
+            ids = [with_option(ids, [], learned)[0] for ids in codec.encode_prompts(row["prompts"][1:])]
             prompt = next((p for p in ids if len(p) <= room), codec.shortened((ids or [prompt])[-1], room))
             found.append(EncodedRow(number=row["number"], parts=(prompt, response), truncated=True))
     return found
@@ -109,6 +116,11 @@ def _shortened(row: dict[str, Any], whole: list[Ids], codec: TextCodec, context:
     return [text[: context - 1] for text in rest], max(map(len, rest)) >= context
 
 
+def with_option(prompt: Ids, response: Ids, learned: frozenset[int]) -> tuple[Ids, Ids]:
+    """Prompt and response of a demonstration; a control token between them that is learned begins the response."""
+    return (prompt[:-1], [prompt[-1], *response]) if len(prompt) > 1 and prompt[-1] in learned else (prompt, response)
+
+
 def _demonstration_table(rows: Sequence[EncodedRow]) -> pa.Table:
     return (
         demonstration_table([(row.parts[0], row.parts[1]) for row in rows]).table
@@ -120,6 +132,13 @@ def _demonstration_table(rows: Sequence[EncodedRow]) -> pa.Table:
 def _margins(texts: pa.Table, rows: Sequence[EncodedRow]) -> list[float]:
     margins = dict(zip(texts["number"].to_pylist(), texts["margin"].to_pylist(), strict=True))
     return [margins[row.number] for row in rows]
+
+
+@cache
+def _learned(path: str) -> frozenset[int]:
+    from actors.models.option_tokens import learned_options
+
+    return learned_options(path, _codec(path).tokenizer)
 
 
 @cache

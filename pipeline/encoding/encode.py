@@ -39,7 +39,7 @@ from pipeline.tasks.task import (
     shorter_of,
 )
 
-VERSION = 3  # part of the cache's hash: raise it with every change of the code that changes tables
+VERSION = 4  # part of the cache's hash: raise it with every change of the code that changes tables
 BLOCK_BYTES = 8_000_000  # of text for one Ray task, because a task takes seconds to start
 HERE_BYTES = 500_000  # of text that is tokenised before a Ray task would have started, so none is used
 SILENCE_S = 1800.0  # longest wait for one block, in seconds

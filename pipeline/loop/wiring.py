@@ -159,7 +159,8 @@ def _manager(config: LoopConfig, runtime: Runtime, model: str) -> Gang:
     from actors.manager.reports import ManagerSpec
     from actors.models.causal_lm import width_of
 
-    spec = ManagerSpec(width=width_of(model), config=config.manager, seed=config.seed)
+    start = model if config.manager.start == "demonstrations" else ""
+    spec = ManagerSpec(width=width_of(model), config=config.manager, seed=config.seed, start=start)
     return runtime.gang("manager", 1, Manager, spec=spec)
 
 

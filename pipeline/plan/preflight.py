@@ -84,6 +84,10 @@ def preflight(config: RunConfig, *, fetch: bool = True) -> PreflightResult:
     if config.manager.check:
         load_function(config.manager.check, field="manager.check")
     load("torch", "transformers")
+    if config.manager.options and config.manager.start == "demonstrations":
+        from pipeline.preparation.manager_start import check_options_shown
+
+        check_options_shown(task, config.manager.options)
     check_learns(
         config.algorithm,
         prompts=config.batch.prompts,

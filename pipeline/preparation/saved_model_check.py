@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from actors import ragged
 from actors.models.text import TextCodec
 from cluster.faults import RunError
+from pipeline.encoding.blocks import with_option
 from pipeline.training.job import TrainingJob, TrainingState
 from pipeline.training.probes import Probe
 
@@ -90,6 +91,7 @@ class SavedPolicyCheck:
         import torch
 
         from actors.models.causal_lm import load_causal_lm
+        from actors.models.option_tokens import learned_options
         from actors.models.suppressed import suppress, suppressed_tokens
         from actors.models.tokenizer import load_tokenizer
 
@@ -98,9 +100,10 @@ class SavedPolicyCheck:
         if probes:
             model: Any = load_causal_lm(str(job.best), torch.float32)
             codec, saved = TextCodec(load_tokenizer(str(job.best))), []
+            learned = learned_options(str(job.best), codec.tokenizer)
             for probe in probes:
                 ids = torch.tensor([response_ids(codec)(probe.prompt, probe.replies)])
-                start = len(codec.encode_prompts([probe.prompt])[0])
+                start = len(with_option(codec.encode_prompts([probe.prompt])[0], [], learned)[0])
                 with torch.inference_mode():
                     logits = model(input_ids=ids).logits[0, start - 1 : -1].float()  # (A, V)
                     logprobs = torch.log_softmax(suppress(logits, suppressed_tokens(model)), -1)

@@ -36,6 +36,7 @@ from pipeline.observe.progress import Progress
 from pipeline.plan.places import comparers
 from pipeline.plan.preflight import rule_of
 from pipeline.preparation.finetune import finetune
+from pipeline.preparation.manager_start import imitate_options
 from pipeline.preparation.reward_model import train_reward_model
 from pipeline.preparation.sampled_comparisons import (
     ComparisonCounts,
@@ -89,6 +90,8 @@ class Run:
             whole = folder.with_name(f"{folder.name}.part")
             shutil.rmtree(whole, ignore_errors=True)
             add_option_tokens(self.start, whole, options)
+            if self.config.manager.start == "demonstrations":
+                imitate_options(str(whole), self.task, options)
             shutil.rmtree(folder, ignore_errors=True)
             whole.rename(folder)
         return str(folder)
