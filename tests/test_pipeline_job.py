@@ -226,3 +226,10 @@ def newest_commit(run_dir: Path) -> int:
     return max(
         int(folder.name[5:13]) for folder in (run_dir / "checkpoints").iterdir() if (folder / "commit.json").is_file()
     )
+
+
+def await_words(file: Path, words: str, timeout_s: float = 120) -> None:
+    until = time.monotonic() + timeout_s
+    while not (file.is_file() and words in file.read_text()):
+        assert time.monotonic() < until, f"no {words!r} in {file} within {timeout_s} s"
+        time.sleep(0.1)
