@@ -47,10 +47,10 @@ def last_stage(dockerfile: str) -> dict[str, str]:
 
 
 def runs_in(text: str) -> Iterator[list[str]]:
-    """The arguments of each `raylign run` and `raylign train` in a README or an entrypoint."""
+    """The arguments of each `raylign run`, `train` and `submit` in a README or an entrypoint."""
     for line in text.replace("\\\n", " ").splitlines():
-        found = re.search(r"(?<![\w`])raylign ((?:run|train) .*)", line)
-        if found:
+        found = re.search(r"(?<![\w`])raylign ((?:run|train|submit) .*)", line)
+        if found and not re.search("--(attach|stop)", line):
             yield shlex.split(found[1], comments=True)
 
 

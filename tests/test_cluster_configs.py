@@ -43,6 +43,8 @@ from cluster_files import (
     user_of,
 )
 from pipeline.arguments.parsing import parse
+from pipeline.arguments.submission import parse_submission
+from pipeline.config.run_config import RunConfig
 from pipeline.plan.places import demands_of
 
 CRD = ROOT.parent / "shared" / "data" / "kuberay-crd"
@@ -354,7 +356,7 @@ def test_the_network_policy_is_about_all_pods_and_lets_only_them_and_the_operato
 @pytest.mark.parametrize("where", ["aws", "gcp", "kuberay", "rayjob"])
 def test_the_documented_run_fits_and_its_learners_fit_on_nodes_that_stay(where: str) -> None:
     nodes = {"aws": cloud_nodes, "gcp": cloud_nodes}.get(where, lambda _: pod_nodes())(where)
-    for config in (parse(run).config for run in documented_runs(where)):
+    for config in map(config_of, documented_runs(where)):
         assert config.cluster.cpus_per_bundle > 0, "an empty cluster cannot say how many CPUs fit"
         assert config.cluster.place_timeout_s >= 600, "machines take minutes to come"
         for roles in demands_of(config, ("sft", "reward", "rl", "evaluate")).values():
@@ -365,7 +367,7 @@ def test_the_documented_run_fits_and_its_learners_fit_on_nodes_that_stay(where: 
 
 
 def test_a_run_that_is_too_large_would_be_noticed() -> None:
-    config = parse(next(iter(documented_runs("aws")))).config
+    config = config_of(next(iter(documented_runs("aws"))))
     asked = [RoleDemand(role="policy", workers=3, gpus=1)]
     assert shortages(place(config.cluster, asked), cloud_nodes("aws")["on-demand"])
 
@@ -438,6 +440,13 @@ def pod_nodes() -> dict[str, list[NodeResources]]:
         one = NodeResources(name=group["groupName"], cpus=float(has["cpu"]), gpus=float(has["nvidia.com/gpu"]))
         nodes[group["labels"][MARKET]] += [one] * group["maxReplicas"]
     return nodes
+
+
+def config_of(run: list[str]) -> RunConfig:
+    """The configuration of a documented run or submission."""
+    config = parse_submission(run[1:]).config if run[0] == "submit" else parse(run).config
+    assert config is not None
+    return config
 
 
 def documented_runs(where: str) -> list[list[str]]:
