@@ -264,7 +264,7 @@ class ManagerConfig(Config):
     worker_lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation over the tokens of a turn, for the worker."""
 
-    learning_rate: float = Field(default=3e-4, gt=0, le=1)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
     """Learning rate of Adam, constant."""
 
     adam_epsilon: float = Field(default=1e-5, ge=1e-30, le=1)

@@ -1,7 +1,7 @@
 """How near to the best play each algorithm comes: whole conversations in the world and in twenty questions.
 
     python tests/benchmarks/conversation_learning.py [world|twenty-questions ...] [--only NAME ...] [--seeds 0 1 2 3 4]
-                                                     [--steps 30] [--out DIR]
+                                                     [--steps 20] [--out DIR]
 
 Whole runs, with all their actors, in one local Ray; the evaluation of each run judges its policy on held-out openings.
 The return is given as a share of the best possible one, which dynamic programming knows. Each finished (algorithm,
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     names = sorted({variant.file for game in GAMES.values() for variant in game.variants})
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/conversations"))
     return parser.parse_args()
 

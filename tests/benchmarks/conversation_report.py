@@ -164,7 +164,7 @@ def _heading() -> str:
     return f"""# How near to the best play each algorithm comes
 
 Return of whole conversations as a share of the best possible one (100 %: the best play, by dynamic programming), on
-held-out openings, four conversations from each, at temperature 1. All algorithms of a game have the same number of
+64 held-out openings, two conversations from each, at temperature 1. All algorithms of a game have the same number of
 conversations; "at so many tokens" compares them where each had sampled as many tokens as the most frugal one did in
 all, by the conversations of training. One fine-tuned model a game (another with options for the hierarchical one);
 seeds are those of reinforcement learning, so intervals (bootstrap over seeds and openings) say nothing about

@@ -38,7 +38,7 @@ class Variant:
         return _changed(
             self.recipe,
             {"seed": seed, "steps": steps, "commit_every": steps, "model": {"path": model}, "finetune": {"epochs": 0}},
-            {"evaluation": {"prompts": 100, "samples": 4, "best_of": 1, "demonstrations": 0}},
+            {"evaluation": {"prompts": 64, "samples": 2, "best_of": 1, "demonstrations": 0}},
             self.sections,
         )
 
@@ -84,17 +84,28 @@ CLASSIC: Mapping[str, Sections] = {
         "policy": {"learning_rate": 1e-4, "warmup_fraction": 0.25},
         "critic": _CRITIC,
     },
-    "PPO": {},
-    "GRPO": {"algorithm": {"name": "grpo", "kl_coef": 0.02}, "batch": {"prompts": 16, "group_size": 4}, "critic": None},
+    "PPO": {"batch": {"epochs": 2}},
+    "GRPO": {
+        "algorithm": {"name": "grpo", "kl_coef": 0.02},
+        "batch": {"prompts": 16, "group_size": 4, "epochs": 2},
+        "critic": None,
+    },
 }
-"""As the recipes `conversation-reinforce`, `-baseline` and `-actor-critic` have it; PPO is the recipe itself."""
+"""As the recipes `conversation-reinforce`, `-baseline` and `-actor-critic` have it; PPO is the recipe itself with half of
+its passes over the data, for time.
+"""
 
 GAMES = {
     "world": Game(
         name="world",
         variants=(
             *_flat("conversation", CLASSIC),
-            Variant(name="hierarchical PPO", recipe="conversation-options", start="conversation-options"),
+            Variant(
+                name="hierarchical PPO",
+                recipe="conversation-options",
+                start="conversation-options",
+                sections={"batch": {"epochs": 2}},
+            ),
         ),
     ),
     "twenty-questions": Game(name="twenty questions", variants=_flat("twenty-questions", CLASSIC)),
