@@ -91,8 +91,8 @@ CLASSIC: Mapping[str, Sections] = {
         "critic": None,
     },
 }
-"""As the recipes `conversation-reinforce`, `-baseline` and `-actor-critic` have it; PPO is the recipe itself with half of
-its passes over the data, for time.
+"""As the recipes `conversation-reinforce`, `-baseline` and `-actor-critic` have it; PPO as `conversation`, with half of
+its passes over the data, to save time.
 """
 
 GAMES = {
