@@ -5,6 +5,7 @@ End-of-text and padding are different tokens: a padding token that is also end-o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END, PAD = "<|endoftext|>", "<|pad|>"
+_WORD = r" ?[A-Za-z]+| ?[^A-Za-z]"  # a word or a punctuation mark, with the space before it
 
 
 def train_byte_bpe(texts: Iterable[str], folder: Path, *, vocab_size: int, special: Sequence[str] = ()) -> None:
@@ -42,13 +44,30 @@ def train_byte_bpe(texts: Iterable[str], folder: Path, *, vocab_size: int, speci
 
 def character_tokenizer(alphabet: str, folder: Path) -> None:
     """Write a tokenizer of one token a character. Ids: END 0, PAD 1, then `alphabet`; other characters become PAD."""
+    _save(_whole_pieces([END, PAD, *alphabet], "."), folder, ())
+
+
+def word_tokenizer(
+    texts: Iterable[str], folder: Path, *, roles: Sequence[str] = (), control: Sequence[str] = ()
+) -> None:
+    """Write a tokenizer of one token for each word and punctuation mark of these texts, with the space before it.
+
+    Such a vocabulary has no parts of words, so even a small model can only say whole words. Ids: END 0, PAD 1, then
+    the role markers, the words as they first occur, and the control tokens; other words become PAD.
+    """
+    words = dict.fromkeys(word for text in texts for word in re.findall(_WORD, text))
+    _save(_whole_pieces([END, PAD, *roles, *words, *control], _WORD), folder, [*roles, *control])
+
+
+def _whole_pieces(vocabulary: Sequence[str], pattern: str) -> Tokenizer:
+    """A tokenizer with a token for each text that matches the pattern and is in the vocabulary; others become PAD."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {token: number for number, token in enumerate([END, PAD, *alphabet])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    _save(tokenizer, folder, ())
+    return tokenizer
 
 
 def _save(tokenizer: Tokenizer, folder: Path, special: Sequence[str]) -> None:

@@ -54,9 +54,9 @@ class WorldTask:
 
     def build_tokenizer(self, folder: Path, vocabulary: int) -> None:
         """Save a tokenizer with one token for each word; it ignores `vocabulary`."""
-        from pipeline.environments.world.tokenizer import save_word_tokenizer
+        from pipeline.environments.world.tokenizer import world_tokenizer
 
-        save_word_tokenizer(folder)
+        world_tokenizer(folder)
 
     def demonstrations(self, split: Split) -> list[Demonstration]:
         """The replies of the mediocre speaker."""
@@ -99,9 +99,9 @@ class WorldOptions(WorldConversations):
 
     def build_tokenizer(self, folder: Path, vocabulary: int) -> None:
         """Save a tokenizer with one token for each word and each option; it ignores `vocabulary`."""
-        from pipeline.environments.world.tokenizer import save_word_tokenizer
+        from pipeline.environments.world.tokenizer import world_tokenizer
 
-        save_word_tokenizer(folder, SUBTASKS)
+        world_tokenizer(folder, SUBTASKS)
 
     def demonstrations(self, split: Split) -> list[Demonstration]:
         """The replies of the mediocre speaker, each after its option."""
