@@ -7,16 +7,22 @@ prints the measures of a run's conversations while it trained, and the returns o
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.environments.run_measures import (
+    ConversationMeasures,
+    Turns,
+    evaluated_returns,
+    in_common,
+    print_measures,
+    read_turns,
+    share_of_replies,
+)
 from pipeline.environments.world.layout import deed_of, layout, read_scene
 from pipeline.environments.world.rules import DEEDS, NO_SENTENCE, RUDE, SUBTASKS, expected_gain
 from pipeline.environments.world.solve import solve_flat
@@ -72,51 +78,38 @@ def share_of_best(prompts: Sequence[str], returns: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConversationMeasures:
-    """The measures of whole conversations.
+class WorldMeasures(ConversationMeasures):
+    """The measures of whole conversations; their best return is the highest that their openings allow.
 
-    mean_return: their mean return. best_return: the highest mean return that their openings allow. replies: the mean
-    number in a conversation. parsed, to_the_point: share of all replies, in [0, 1]. subtasks: share of each sub-task,
-    of RUDE and of NO_SENTENCE among all replies.
+    to_the_point: share of all replies, in [0, 1]. subtasks: share of each sub-task, of RUDE and of NO_SENTENCE among
+    all replies.
     """
 
-    conversations: int
-    mean_return: float
-    best_return: float
-    replies: float
-    parsed: float
     to_the_point: float
     subtasks: Mapping[str, float]
 
-    @property
-    def share(self) -> float:
-        """The mean return as a share of the best possible one."""
-        return self.mean_return / self.best_return
+    def own_cells(self) -> dict[str, str]:
+        """The columns of this world alone."""
+        return {"to point": f"{self.to_the_point:.1%}"} | {name: f"{used:.0%}" for name, used in self.subtasks.items()}
 
 
-def measure_conversations(prompts: Sequence[str], turns: Sequence[Sequence[Mapping[str, Any]]]) -> ConversationMeasures:
+def measure_conversations(prompts: Sequence[str], turns: Sequence[Turns]) -> WorldMeasures:
     """Measure conversations by their prompts, and by what the environment said to each of their replies.
 
-    turns: `metadata.conversation.turns` of each rollout. Raises ValueError if there is no conversation, or if a prompt
-    does not end with a line of the partner.
+    Raises ValueError if there is no conversation, or if a prompt does not end with a line of the partner.
     """
-    if not turns:
-        raise ValueError("conversations: must be at least one, got none")
-    values, said = solve_flat().values, [turn["info"] for own in turns for turn in own]
+    values = solve_flat().values
     best = [values[read_scene(prompt).state] for prompt, _ in zip(prompts, turns, strict=True)]
-    used = Counter(info["subtask"] for info in said)
-    return ConversationMeasures(
-        conversations=len(turns),
-        mean_return=sum(turn["reward"] for own in turns for turn in own) / len(turns),
-        best_return=sum(best) / len(turns),
-        replies=len(said) / len(turns),
-        parsed=sum(info["parsed"] for info in said) / len(said),
-        to_the_point=sum(info["to_the_point"] for info in said) / len(said),
-        subtasks={name: used[name] / len(said) for name in (*SUBTASKS, RUDE, NO_SENTENCE)},
+    common = in_common(turns, sum(best) / max(len(turns), 1))
+    used = Counter(turn["info"]["subtask"] for own in turns for turn in own)
+    return WorldMeasures(
+        **common,
+        to_the_point=share_of_replies(turns, "to_the_point"),
+        subtasks={name: used[name] / used.total() for name in (*SUBTASKS, RUDE, NO_SENTENCE)},
     )
 
 
-def measure_table(path: Path, tokenizer: Path) -> ConversationMeasures:
+def measure_table(path: Path, tokenizer: Path) -> WorldMeasures:
     """Measure the conversations of a step: a Parquet file of its rollouts or experience.
 
     tokenizer: the `tokenizer.json` of the model. Raises ValueError as `measure_conversations` does.
@@ -124,60 +117,26 @@ def measure_table(path: Path, tokenizer: Path) -> ConversationMeasures:
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
-    rows = pq.read_table(path, columns=["tokens", "turn_starts", "metadata"]).to_pylist()
+    rows = pq.read_table(path, columns=["tokens", "turn_starts", "metadata"], partitioning=None).to_pylist()
     codec = Tokenizer.from_file(str(tokenizer))
     return measure_conversations(
         [codec.decode(row["tokens"][: row["turn_starts"][0]], skip_special_tokens=False) for row in rows],
-        [json.loads(row["metadata"])["conversation"]["turns"] for row in rows],
+        read_turns(rows),
     )
 
 
 def shares_of_evaluation(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """(mean return, share of the best possible one) of the policy and of the baseline, by an `evaluation.json`.
 
-    The prompts must be openings. Replies without a reward are left out.
+    The prompts must be openings.
     """
     openings = [layout([reply["prompt"]]) for reply in record["replies"]]
     found = {}
-    for who, rewards in next(iter(record["rewards"].values())).items():
-        pairs = [
-            (opening, value)
-            for opening, own in zip(openings, rewards, strict=True)
-            for value in own
-            if value is not None
-        ]
+    for who, rewards in evaluated_returns(record).items():
+        pairs = [(opening, value) for opening, own in zip(openings, rewards, strict=True) for value in own]
         returns = [value for _, value in pairs]
         found[who] = (sum(returns) / len(returns), share_of_best([opening for opening, _ in pairs], returns))
     return found
-
-
-def main() -> None:
-    """Print the measures of a run; see the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--every", type=int, default=10, help="steps from one line to the next; the last has one, too")
-    arguments = parser.parse_args()
-    for line in _lines(arguments.run_dir, arguments.every):
-        sys.stdout.write(f"{line}\n")
-
-
-def _lines(run_dir: Path, every: int) -> Iterator[str]:
-    kinds = (*SUBTASKS, RUDE, NO_SENTENCE)
-    yield f"{'':10}{'return':>8}{'of best':>9}{'replies':>9}{'parsed':>8}{'to point':>10}" + "".join(
-        f"{name:>{len(name) + 2}}" for name in kinds
-    )
-    steps = {int(path.parent.name[5:]): path for path in (run_dir / "experience").glob("step=*/experience.parquet")}
-    for step in sorted(steps):
-        if step % every == 0 or step == max(steps):
-            found = measure_table(steps[step], _tokenizer(run_dir))
-            yield (
-                f"{f'step {step}':10}{found.mean_return:8.3f}{found.share:9.1%}{found.replies:9.2f}{found.parsed:8.1%}"
-                f"{found.to_the_point:10.1%}" + "".join(f"{found.subtasks[name]:{len(name) + 2}.0%}" for name in kinds)
-            )
-    if (run_dir / "evaluation.json").exists():
-        evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
-        for who, (mean, share) in shares_of_evaluation(evaluation).items():
-            yield f"{who:10}{mean:8.3f}{share:9.1%}"
 
 
 def _tokenizer(run_dir: Path) -> Path:
@@ -192,4 +151,4 @@ def _tokenizer(run_dir: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    print_measures(__doc__, lambda run_dir, path: measure_table(path, _tokenizer(run_dir)), shares_of_evaluation)
