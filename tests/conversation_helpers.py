@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -136,6 +139,22 @@ def assembled(
         *([advised(advantages, log_q)] if advantages is not None else []),
     )
     return report, experience.to_pylist()
+
+
+def assert_same_in_every_process(imports: str, value: str) -> None:
+    """That a Python expression has one repr, whatever the order in which sets and hashes of strings come out."""
+    code = f"{imports}; from hashlib import sha256; print(sha256(repr({value}).encode()).hexdigest())"
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(told) == 1
 
 
 def acting(row: dict[str, Any], name: str) -> list[float]:

@@ -443,8 +443,8 @@ NEXT: dict[str, Row] = {
     ),
     "no such task": (
         f"{NEW} --task chess",
-        "task: must be one of smalltalk, walks, world, world-conversations, world-options, files or an "
-        "import path package.module:name, got 'chess'",
+        "task: must be one of smalltalk, twenty-questions, walks, world, world-conversations, world-options, files "
+        "or an import path package.module:name, got 'chess'",
     ),
     "an algorithm that fails": (
         f"{NEW} --algorithm.name mine:Raises",

@@ -79,8 +79,8 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
         ),
         (
             ["plan", "walks", "--task", "chess"],
-            "task: must be one of smalltalk, walks, world, world-conversations, world-options, files or an "
-            "import path package.module:name, got 'chess'",
+            "task: must be one of smalltalk, twenty-questions, walks, world, world-conversations, world-options, files "
+            "or an import path package.module:name, got 'chess'",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

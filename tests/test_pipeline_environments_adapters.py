@@ -16,8 +16,8 @@ from pipeline.environments.gymnasium_adapters import DialogueEnv, gymnasium_envi
 from pipeline.environments.lockstep import Lockstep
 from pipeline.environments.partner import RetrievalPartner, ScriptedPartner, partner_environment
 from pipeline.environments.tools import ToolError, Tools, parse_call, tool_environment
-from pipeline.environments.twenty_questions import TwentyQuestions
-from pipeline.environments.twenty_questions import prompts as games
+from pipeline.environments.twenty_questions.game import TwentyQuestions
+from pipeline.environments.twenty_questions.task import prompts as games
 from pipeline.environments.world.environment import World
 from pipeline.environments.world.layout import layout
 from pipeline.environments.world.rules import SUBTASKS
@@ -142,7 +142,7 @@ def test_there_and_back_again_is_the_same_game() -> None:
     environment = gymnasium_environment(lambda: DialogueEnv(TwentyQuestions(), games()[:1]))
     episodes, [first] = environment.reset([PromptText(text="", metadata={})], [3])
     assert first.text == games()[0].text
-    assert environment.step(episodes, ["Is it alive?"])[0].text == "Yes."
+    assert environment.step(episodes, ["Is it alive?"])[0].text == "Yes, living."
     [turn] = environment.step(episodes, ["Is it the cat?"])
     assert (turn.text, turn.reward, turn.terminated) == ("Yes!", 0.98, True)
 

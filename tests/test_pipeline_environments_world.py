@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from functools import cache
 from itertools import islice
@@ -19,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.models.tokenizer import load_tokenizer
+from conversation_helpers import assert_same_in_every_process
 from pipeline.environments.environment import Turn
 from pipeline.environments.world import rules, solve
 from pipeline.environments.world.environment import World, carried_out, opening_line
@@ -506,22 +504,10 @@ def test_demonstrations_are_mixed_often_beside_the_point_and_sometimes_rude() ->
 
 
 def test_the_task_is_the_same_in_every_process() -> None:
-    """Whatever the order in which sets and hashes of strings come out."""
-    code = (
-        "from pipeline.environments.world.task import WorldTask, exchanges; from hashlib import sha256;"
-        "print(sha256(repr((exchanges('heldout'), WorldTask().prompts('heldout'))).encode()).hexdigest())"
+    assert_same_in_every_process(
+        "from pipeline.environments.world.task import WorldTask, exchanges",
+        "(exchanges('heldout'), WorldTask().prompts('heldout'))",
     )
-    told = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(told) == 1
 
 
 def test_every_sentence_has_a_token_for_each_word_and_comes_back(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_what_cannot_run_is_refused(updates: dict[str, Any], message: str) -> No
 def test_a_task_that_is_not_there_is_refused() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^task: must be one of smalltalk, walks, world, .*, files or an .*, got 'chess'$",
+        match=r"^task: must be one of smalltalk, twenty-questions, walks, world, .*, files or an .*, got 'chess'$",
     ):
         shown(config().model_copy(update={"task": "chess"}))
 

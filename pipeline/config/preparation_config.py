@@ -11,7 +11,8 @@ class PreparationConfig(Config):
     """What reinforcement learning begins with."""
 
     task: str
-    """The task: `smalltalk`, `walks`, `files` (see data), or your own as `package.module:name`."""
+    """The task: `smalltalk`, `walks`, `world`, `world-conversations`, `world-options`, `twenty-questions`, `files` (see
+    data), or your own as `package.module:name`."""
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -8,6 +8,7 @@ from pipeline.tasks.task import Task
 
 TASKS = {
     "smalltalk": "pipeline.tasks.smalltalk:SmallTalk",
+    "twenty-questions": "pipeline.environments.twenty_questions.task:TwentyQuestionsTask",
     "walks": "pipeline.tasks.walks:RandomWalks",
     "world": "pipeline.environments.world.task:WorldTask",
     "world-conversations": "pipeline.environments.world.task:WorldConversations",

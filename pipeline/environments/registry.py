@@ -14,7 +14,7 @@ from pipeline.environments.partner import Partner
 
 ENVIRONMENTS = {
     "world": "pipeline.environments.world.environment:World",
-    "twenty-questions": "pipeline.environments.twenty_questions:TwentyQuestions",
+    "twenty-questions": "pipeline.environments.twenty_questions.game:TwentyQuestions",
     MODEL_PARTNER: "pipeline.environments.model_partner:ModelPartner",
 }
 

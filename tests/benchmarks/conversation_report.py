@@ -20,7 +20,7 @@ import numpy as np
 from conversation_variants import Game
 from learning_report import Array, smooth
 
-from pipeline.environments.twenty_questions import best_reply
+from pipeline.environments.twenty_questions.solve import best_reply
 from pipeline.environments.world.layout import layout, read_scene
 from pipeline.environments.world.solve import solve_flat
 from pipeline.evaluation.statistics import Interval, ratio

@@ -18,6 +18,26 @@ QUESTIONS: dict[str, str] = {
 }
 """The question that asks for each property."""
 
+ANSWERS: dict[str, tuple[str, str]] = {
+    "alive": ("Yes, living.", "No, lifeless."),
+    "animal": ("Yes, a beast.", "No, no creature."),
+    "flies": ("Yes, winged.", "No, grounded."),
+    "swims": ("Yes, aquatic.", "No, terrestrial."),
+    "eaten": ("Yes, edible.", "No, inedible."),
+    "large": ("Yes, big.", "No, small."),
+    "indoors": ("Yes, indoors.", "No, outdoors."),
+    "wheels": ("Yes, wheeled.", "No, wheelless."),
+    "power": ("Yes, powered.", "No, powerless."),
+    "sound": ("Yes, noisy.", "No, silent."),
+    "round": ("Yes, circular.", "No, angular."),
+    "soft": ("Yes, tender.", "No, hard."),
+}
+"""The answers to each question. Each ends with a word that stands nowhere else, so it says by itself what was asked.
+
+A small model learns to read such answers soon. It hardly learns to read a bare yes or no, because it must first find
+the question that it belongs to.
+"""
+
 THINGS: dict[str, frozenset[str]] = {
     name: frozenset(properties.split())
     for name, properties in {
