@@ -2,7 +2,7 @@
 
 All of a game share its recipe's batch, environment and policy, so a difference is the algorithm's or its settings'.
 The flat ones begin with one fine-tuned model, the hierarchical one with another of the same size, which read the same
-demonstrations with the sub-task in front. Learning rates are the recipes' own, chosen by hand on one seed each.
+demonstrations with the sub-task in front. Learning rates were chosen by hand, on one seed each.
 """
 
 from __future__ import annotations
@@ -84,15 +84,16 @@ CLASSIC: Mapping[str, Sections] = {
         "policy": {"learning_rate": 1e-4, "warmup_fraction": 0.25},
         "critic": _CRITIC,
     },
-    "PPO": {"batch": {"epochs": 2}},
+    "PPO": {"batch": {"epochs": 2}, "policy": {"learning_rate": 6e-4}},
     "GRPO": {
         "algorithm": {"name": "grpo", "kl_coef": 0.02},
         "batch": {"prompts": 16, "group_size": 4, "epochs": 2},
+        "policy": {"learning_rate": 6e-4},
         "critic": None,
     },
 }
 """As the recipes `conversation-reinforce`, `-baseline` and `-actor-critic` have it; PPO as `conversation`, with half of
-its passes over the data, to save time.
+its passes over the data, to save time, and three times its rate, which was seen to do better on seed 0 in 20 steps.
 """
 
 GAMES = {
