@@ -395,7 +395,7 @@ AT_ONCE: dict[str, Row] = {
     ),
     "no such recipe": (
         "train missing.toml",
-        "recipe: must be a TOML file or one of ... 'quickstart', 'smalltalk', 'walks'], got 'missing.toml'",
+        "recipe: must be a TOML file or one of ... 'smalltalk', 'twenty-questions', 'walks'], got 'missing.toml'",
     ),
     "no recipe at all": ("train mine.py", "mine.py: must be TOML"),
     "a seed of too many bits": (

@@ -311,7 +311,7 @@ def test_the_whole_chain_by_the_command_line_is_stopped_while_it_compares_learns
     out, said = stopped_once(lambda: says(learned, '"updates": 2'), "resume", str(run_dir))
     assert "fine-tune" not in out, "that was done"
     rule = "pipeline.environments.world.task:expected_mood_gain"
-    assert f"machine-made comparisons: of the replies sampled to 600 prompts, {rule}" in out
+    assert f"machine-made comparisons: of the replies sampled to 728 prompts, {rule}" in out
     told = re.fullmatch(
         r"raylign: stopped by SIGTERM after update (\d+) of (\d+) of 'train the reward model', which is checkpointed"
         r"(.*\n)",
