@@ -24,6 +24,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 # so that it runs from a checkout, installed or not
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
+import numpy as np  # noqa: E402
 from conversation_report import Result, best_returns, plot, tables  # noqa: E402
 from conversation_variants import GAMES, Game, Variant  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -84,6 +85,8 @@ def play(game: Game, variant: Variant, seed: int, steps: int, out: Path) -> None
     started = time.monotonic()
     run_stages(variant.config(str(model), seed, steps), folder, Console(quiet=True), until="evaluate")
     metrics = read_metrics(folder)
+    # the account is of the whole run
+    trained = np.diff([step["ledger/trained"] for step in metrics], prepend=0.0).tolist()
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     rewards = next(iter(evaluation["rewards"].values()))
     best = best_returns(game.name, [reply["prompt"] for reply in evaluation["replies"]])
@@ -95,8 +98,8 @@ def play(game: Game, variant: Variant, seed: int, steps: int, out: Path) -> None
         after=[sum(own) / len(own) for own in rewards["policy"]],
         best=best,
         curve=[step["reward/mean"] for step in metrics],
-        tokens=[step["rollout/response_tokens"] * step["ledger/trained"] for step in metrics],
-        conversations=[step["ledger/trained"] for step in metrics],
+        tokens=[step["rollout/response_tokens"] * count for step, count in zip(metrics, trained, strict=True)],
+        conversations=trained,
         turns=[step["conversation/turns"] for step in metrics],
         options={
             name: sum(step[name] for step in metrics[-LAST:]) / LAST
