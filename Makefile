@@ -18,8 +18,8 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help install quickstart test check chaos lint bench clean
 
 help:
-	@echo "make quickstart   install, then fine-tune and align a small GPT-2 (about 5 minutes on 2 cores)"
-	@echo "make test         install, then ruff, mypy, import contracts and every test (about 15 minutes on 2 cores)"
+	@echo "make quickstart   install, then fine-tune and align a small GPT-2 (about 4 minutes on 2 cores)"
+	@echo "make test         install, then ruff, mypy, import contracts and every test (about 20 minutes on 2 cores)"
 	@echo "make check        the quick part of it (about 2 minutes)"
 	@echo "make chaos        runs whose processes are killed at random moments (about 25 minutes)"
 	@echo "make bench        timings against transformers' generate; which algorithm learns how fast: tests/benchmarks/learning.py"
