@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cluster.dashboard import job_client
 from cluster.faults import RunError
 
 
@@ -52,11 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--address", default="http://127.0.0.1:8265", help="of the head's dashboard (default: here)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for all jobs together (default: 300)")
     asked = parser.parse_args(arguments)
-    from ray.job_submission import JobSubmissionClient
-
     try:
-        stop_jobs(JobSubmissionClient(asked.address), asked.timeout, lambda line: print(line, flush=True))  # noqa: T201
-    except RunError as error:
+        stop_jobs(job_client(asked.address), asked.timeout, lambda line: print(line, flush=True))  # noqa: T201
+    except (RunError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cluster.dashboard import REQUEST_S, job_client
+from cluster.faults import RunError
 from pipeline.arguments.submission import parse_submission
-from pipeline.submission import package, submit
-from pipeline.submission.jobs import Job
+from pipeline.submission import jobs, package, submit
+from pipeline.submission.jobs import Job, Jobs
 from pipeline.submission.package import pack
 
 ADDRESS = ("--address", "http://head:8265", "--run-dir", "/shared/run")
@@ -118,3 +123,63 @@ def test_a_job_ends_with_the_code_of_its_driver(status: str, exit_code: int | No
 def test_what_is_wrong_is_said_before_anything_is_sent(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_submission(words)
+
+
+class Flaky:
+    """A client whose log is sent from its beginning each time, and breaks off at the given lengths at first."""
+
+    def __init__(self, log: str, breaks: list[int], status: str = "SUCCEEDED") -> None:
+        self.log, self.breaks, self.status, self.asked = log, breaks, status, 0
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        length = self.breaks.pop(0) if self.breaks else len(self.log)
+        for start in range(0, length, 4):
+            yield self.log[start : min(start + 4, length)]
+        if length < len(self.log):
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+    def get_job_info(self, name: str) -> Any:
+        self.asked += 1
+        return SimpleNamespace(
+            submission_id=name, status=self.status, metadata={}, message="", driver_exit_code=0, start_time=1
+        )
+
+
+def jobs_of(client: Flaky, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    monkeypatch.setattr(jobs, "job_client", lambda address: client)
+    found = Jobs("http://head:8265")
+    found._retry_s = 0.0
+    return found
+
+
+def test_a_log_whose_connection_is_lost_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    client = Flaky("one\ntwo\nthree\nfour\n", [6, 2, 11])
+    job = jobs_of(client, monkeypatch).follow("night-1", written.append)
+    assert "".join(written) == client.log
+    assert (job.name, job.code) == ("night-1", 0)
+
+
+def test_a_head_that_is_gone_for_good_ends_the_following_and_not_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "GIVE_UP_S", 0.05)
+    client = Flaky("one\ntwo\n", [5] * 100_000)
+    with pytest.raises(RunError, match=r"following job night-1.*closed unexpectedly.*The job may go on"):
+        jobs_of(client, monkeypatch).follow("night-1", lambda text: None)
+    assert client.asked == 0
+
+
+def test_a_request_has_a_deadline_and_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own client waits for ever, and prefers the environment."""
+    asked: list[tuple[str, float]] = []
+
+    def request(method: str, url: str, **more: Any) -> Any:
+        asked.append((url, more["timeout"]))
+        return SimpleNamespace(
+            status_code=200, text="", json=lambda: {"ray_version": "2.60.0"}, raise_for_status=lambda: None, headers={}
+        )
+
+    monkeypatch.setattr("requests.request", request)
+    monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:8265")
+    job_client("http://head:8265")
+    assert asked and all(url.startswith("http://head:8265/") and timeout == REQUEST_S for url, timeout in asked)
+    assert os.environ["RAY_ADDRESS"] == "http://elsewhere:8265"

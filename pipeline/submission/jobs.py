@@ -7,8 +7,6 @@ know of it; only a head that does not answer for `GIVE_UP_S` ends the following,
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import contextmanager
@@ -16,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.dashboard import job_client
 from cluster.faults import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-REQUEST_S, QUIET_S, GIVE_UP_S = 60.0, 15.0, 300.0
+QUIET_S, GIVE_UP_S = 15.0, 300.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 SIGTERM = 143  # exit code of a run that was stopped
 _PHASE = "talking to the cluster's dashboard"
-_CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # each has a level of its own
-_OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # of the environment, which Ray prefers to what it is given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +50,23 @@ class Job:
         return SIGTERM if self.status == "STOPPED" else self.exit_code or 1
 
 
+@dataclass(slots=True)
+class _Written:
+    """How much of a log is written, in characters, and how much of it this connection has sent."""
+
+    write: Callable[[str], None]
+    written: int = 0
+    seen: int = 0
+
+    def take(self, text: str) -> None:
+        """Write what of the next text is new."""
+        fresh = text[max(0, self.written - self.seen) :]
+        self.seen += len(text)
+        if fresh:
+            self.write(fresh)
+            self.written = self.seen
+
+
 class Jobs:
     """The jobs of the cluster whose dashboard is at an address."""
 
@@ -61,7 +75,7 @@ class Jobs:
         self.address = address
         self._retry_s = 1.0
         with self._told():
-            self._client = _client(self.address)
+            self._client = job_client(self.address)
 
     def submit(
         self,
@@ -111,10 +125,10 @@ class Jobs:
 
         Raises RunError when the head does not answer for GIVE_UP_S; the job goes on all the same.
         """
-        written, lost_since = 0, 0.0
+        log, lost_since = _Written(write), 0.0
         while True:
             try:
-                written = asyncio.run(self._tail(name, written, write))
+                asyncio.run(self._tail(name, log))
                 job = self.get(name)
             except RunError as error:
                 lost_since = lost_since or time.monotonic()
@@ -125,24 +139,19 @@ class Jobs:
             else:
                 lost_since = 0.0
                 if job.is_over:
-                    asyncio.run(self._tail(name, written, write))  # what it wrote last
+                    asyncio.run(self._tail(name, log))  # what it wrote last
                     return job
             time.sleep(self._retry_s)
 
-    async def _tail(self, name: str, written: int, write: Callable[[str], None]) -> int:
-        """Write the log but its first `written` characters, until it ends or falls silent; returns what is written."""
-        seen = 0
+    async def _tail(self, name: str, log: _Written) -> None:
+        """Write what is new in the log, which Ray sends from its beginning, until it ends or falls silent."""
+        log.seen = 0
         lines: AsyncIterator[str] = self._client.tail_job_logs(name)
         try:
             while True:
-                text = await asyncio.wait_for(anext(lines), QUIET_S)
-                fresh = text[max(0, written - seen) :]
-                seen += len(text)
-                if fresh:
-                    write(fresh)
-                    written = seen
+                log.take(await asyncio.wait_for(anext(lines), QUIET_S))
         except (StopAsyncIteration, TimeoutError):
-            return written
+            return
         except Exception as error:  # aiohttp's own and Ray's RuntimeError: the connection is lost
             raise RunError("driver", _PHASE, str(error) or type(error).__name__) from error
         finally:
@@ -166,27 +175,6 @@ class Jobs:
             raise RunError("driver", _PHASE, f"nobody answers at {self.address} ({error})"[:500]) from error
         except RuntimeError as error:
             raise RunError("driver", _PHASE, str(error)[:500]) from error
-
-
-def _client(address: str) -> Any:
-    """A client of Ray's whose requests have a deadline, and that goes where it is told.
-
-    Ray's own waits for ever, and goes where the environment says.
-    """
-    from ray.job_submission import JobSubmissionClient
-
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-    class Client(JobSubmissionClient):
-        def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
-            return super()._do_request(method, endpoint, **({"timeout": REQUEST_S} | more))
-
-    kept = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
-    try:
-        return Client(address)
-    finally:
-        os.environ |= kept
 
 
 def _job(info: Any) -> Job:

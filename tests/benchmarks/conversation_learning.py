@@ -61,13 +61,16 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("games", nargs="*", choices=[*GAMES, []], help="default all")
+    parser.add_argument("games", nargs="*", metavar="GAME", help=f"{', '.join(GAMES)}; default all")
     names = sorted({variant.file for game in GAMES.values() for variant in game.variants})
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/conversations"))
-    return parser.parse_args()
+    found = parser.parse_args()
+    if strange := sorted({*found.games} - {*GAMES}):
+        parser.error(f"GAME: must be {' or '.join(GAMES)}, got {strange[0]}")
+    return found
 
 
 def play(game: Game, variant: Variant, seed: int, steps: int, out: Path) -> None:
