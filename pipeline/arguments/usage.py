@@ -55,7 +55,7 @@ _SUBMISSION = {
     "--stop": "TARGET is a run folder: stop its job, which commits first",
     "--python PATH": "the interpreter on the cluster; default python",
     "--driver-cpus N": "CPUs of the node that the job's driver is placed on; default: the head",
-    "--driver-label KEY=VALUE ...": "labels of that node, such as market-type=on-demand",
+    "--driver-label K=V ...": "labels of that node, such as ray.io/market-type=on-demand",
     "--section.field value": "override a setting of the recipe",
 }
 COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {

@@ -52,5 +52,5 @@ def labels_of(given: Sequence[str]) -> dict[str, str]:
     pairs = [word.partition("=") for word in given]
     for word, (key, _, value) in zip(given, pairs, strict=True):
         if not (key and value):
-            raise ValueError(f"--driver-label: must be KEY=VALUE, got {word!r}; such as market-type=on-demand")
+            raise ValueError(f"--driver-label: must be KEY=VALUE, got {word!r}; such as ray.io/market-type=on-demand")
     return {key: value for key, _, value in pairs}
