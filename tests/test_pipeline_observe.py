@@ -359,6 +359,18 @@ def test_elsewhere_than_in_a_terminal_a_plain_line_now_and_then(clock: Clock) ->
     ]
 
 
+def test_remarks_do_not_keep_the_plain_line_away(clock: Clock) -> None:
+    to, out = console(terminal=False)
+    with Progress(to) as progress:
+        progress.stage("reinforce", 40)
+        for step in range(30):
+            clock.now += 1
+            progress.remark("warning: no gradient")
+            progress.step(metrics(step))
+    shown = [line.split()[1] for line in out.getvalue().splitlines() if line.startswith("reinforce") and "left" in line]
+    assert shown == ["6/40", "12/40", "18/40", "24/40", "30/40"]
+
+
 def test_a_stage_that_counts_without_metrics_says_how_it_went(clock: Clock) -> None:
     to, out = console(terminal=False)
     with Progress(to) as progress:

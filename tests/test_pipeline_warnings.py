@@ -52,6 +52,14 @@ def test_a_good_step_in_between_begins_the_count_anew() -> None:
     assert [len(watch.step(values)) for values in (bad, bad, GOOD, bad, bad, bad)] == [0, 0, 0, 0, 0, 1]
 
 
+def test_what_comes_and_goes_is_not_said_each_time_it_comes() -> None:
+    """Small batches: three such steps, a good one, three such steps ... for two thousand steps."""
+    watch = Watch()
+    bad = GOOD | BAD["cut off"]
+    spoke = [step for step in range(1, 2001) if watch.step(GOOD if step % 4 == 0 else bad)]
+    assert spoke == [3, 39, 399], "after 3, 30 and 300 such steps, each the third in a row"
+
+
 def test_what_was_said_before_a_break_is_not_said_again() -> None:
     bad = GOOD | BAD["constant reward"]
     assert Watch([bad] * 3).step(bad) == []

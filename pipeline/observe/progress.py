@@ -49,7 +49,7 @@ class Progress:
         self.console = console
         self._over = threading.Event()
         self._clear("start", 0)
-        self._is_told = True  # "start" is no stage
+        self._is_over = True  # "start" is no stage
         # Last, because Live renders at once.
         self._live = (
             Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
@@ -67,10 +67,10 @@ class Progress:
 
     def _clear(self, name: str, total: int) -> None:
         self._stage, self._done, self._before, self._total, self._doing, self._note = name, 0, 0, total, "", ""
-        self._began = self._entered = self._turned = self._spoke = time.monotonic()
+        self._began = self._entered = self._turned = self._spoke = self._told = time.monotonic()
         self._rewards: list[float] = []
         self._values: dict[str, float] = {}
-        self._is_told = False  # whether its last line was printed
+        self._is_over = False  # whether its last line was printed
 
     @property
     def name(self) -> str:
@@ -112,15 +112,16 @@ class Progress:
     def _tell(self) -> None:
         if self._done == self._total:
             self._leave()
-        elif self._live is None and time.monotonic() - self._spoke > PLAIN_EVERY_S:
+        elif self._live is None and time.monotonic() - self._told > PLAIN_EVERY_S:
+            self._told = time.monotonic()  # remarks in between take nothing from it
             self._print(f"{self._head()}  {self._how()}  left {self._left()}")
 
     def _leave(self) -> None:
         """Print, once, how far the stage came, how it went, and how long it took."""
         seconds = time.monotonic() - self._entered
-        if self._is_told or (not self._done and seconds < _NOTEWORTHY_S):
+        if self._is_over or (not self._done and seconds < _NOTEWORTHY_S):
             return
-        self._is_told = True
+        self._is_over = True
         log.info("%s is over after %.1f s", self._head(), seconds)
         self._print("  ".join(filter(None, (self._head(), self._how(), f"in {clock(seconds)}"))))
 

@@ -1,6 +1,6 @@
 """Warnings about steps from which nothing is learned, such as steps with a gradient of zero.
 
-    metrics of the steps, in order --Watch----> remarks for the live view, after 3, 30, 300 ... such steps in a row
+    metrics of the steps, in order --Watch----> remarks for the live view, after 3, 30, 300 ... such steps
                                    --summary--> lines for the report
 
 Pure: no console, no file. Left out: whether the policy gets better, which the evaluation says.
@@ -16,7 +16,7 @@ from typing import Any
 Values = Mapping[str, Any]  # one step of metrics.jsonl; a metric may be None, NaN or missing
 
 FIRST = 3  # steps in a row before the first warning; one may be chance
-AGAIN = 10  # the warning is repeated after ten times as many steps in a row
+AGAIN = 10  # it is repeated after ten times as many such steps in all, however often a good step comes in between
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,25 +83,28 @@ SIGNS = (
 
 
 class Watch:
-    """Counts, for each sign, the steps in a row that show it."""
+    """Counts, for each sign, the steps that show it: in a row, and in all."""
 
     def __init__(self, history: Iterable[Values] = ()) -> None:
         """history: steps whose warnings were already given, such as those before a resume."""
         self._in_a_row = dict.fromkeys((sign.name for sign in SIGNS), 0)
+        self._in_all = dict(self._in_a_row)
+        self._due = dict.fromkeys(self._in_all, FIRST)  # steps in all at which the next warning is due
         for values in history:
             self.step(values)
 
     def step(self, values: Values) -> list[str]:
         """Count one more step; returns the warnings that are now due."""
-        for sign in SIGNS:
-            self._in_a_row[sign.name] = self._in_a_row[sign.name] + 1 if sign.seen(values) else 0
-        return [_remark(sign, count) for sign in SIGNS if _is_due(count := self._in_a_row[sign.name])]
+        return [_remark(sign, self._in_a_row[sign.name]) for sign in SIGNS if self._is_due(sign, sign.seen(values))]
 
-
-def _is_due(count: int) -> bool:
-    while count > FIRST and count % AGAIN == 0:
-        count //= AGAIN
-    return count == FIRST
+    def _is_due(self, sign: Sign, is_seen: bool) -> bool:
+        name = sign.name
+        self._in_a_row[name] = self._in_a_row[name] + 1 if is_seen else 0
+        self._in_all[name] += is_seen
+        if self._in_a_row[name] < FIRST or self._in_all[name] < self._due[name]:
+            return False
+        self._due[name] = self._in_all[name] * AGAIN
+        return True
 
 
 def _remark(sign: Sign, count: int) -> str:
