@@ -83,6 +83,9 @@ class RolloutConfig(Config):
     workers: int = Field(default=1, ge=1, le=MOST_WORKERS)
     """Number of rollout actors. It never changes the samples."""
 
+    min_workers: int = Field(default=1, ge=1, le=MOST_WORKERS)
+    """Workers with which a run begins and goes on; the others come and go with the nodes of a cluster."""
+
     gpus: float = Field(default=0, ge=0)
     """GPUs of each worker."""
 
@@ -111,6 +114,9 @@ class RewardConfig(Config):
     workers: int = Field(default=1, ge=1, le=MOST_WORKERS)
     """Number of reward actors."""
 
+    min_workers: int = Field(default=1, ge=1, le=MOST_WORKERS)
+    """Workers with which a run begins and goes on; the others come and go with the nodes of a cluster."""
+
     gpus: float = Field(default=0, ge=0)
     """GPUs of each worker."""
 
@@ -132,6 +138,9 @@ class ReferenceConfig(Config):
 
     workers: int = Field(default=1, ge=1, le=MOST_WORKERS)
     """Number of reference actors."""
+
+    min_workers: int = Field(default=1, ge=1, le=MOST_WORKERS)
+    """Workers with which a run begins and goes on; the others come and go with the nodes of a cluster."""
 
     gpus: float = Field(default=0, ge=0)
     """GPUs of each worker."""

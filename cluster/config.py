@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 MOST_WORKERS = 4096  # processes of one role: more than anybody has, and few enough to be placed quickly
 # a time-out; operating systems count milliseconds in 31 bits, which is 24 days
 Seconds = Annotated[float, Field(gt=0, le=1_000_000)]
+# of a node, as Ray has them
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9./_-]+=[^=\s]+$")]
 LongSeconds = Annotated[float, Field(ge=0.1, le=1_000_000)]  # a time-out that is checked in coarser steps
 
 
@@ -42,6 +44,15 @@ class ClusterConfig(Config):
 
     place_timeout_s: Seconds = 30.0
     """Longest wait for the cluster to reserve the bundles, in seconds; raise it if an autoscaler must add nodes."""
+
+    node_timeout_s: Seconds = 600.0
+    """Longest wait for another node, in seconds, when the learners or the last worker of a pool have lost theirs."""
+
+    learner_labels: tuple[Label, ...] = ()
+    """Labels of the nodes that may hold learners, KEY=VALUE each, such as ray.io/market-type=on-demand."""
+
+    worker_labels: tuple[Label, ...] = ()
+    """Labels of the nodes that may hold workers which sit with no learner. Empty: any node."""
 
     ready_timeout_s: Seconds = 300.0
     """Longest wait for a started process to load its model and report ready, in seconds."""

@@ -7,12 +7,13 @@ any of these. Left out: threads and asyncio. A callback runs to its end, and wha
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.faults import Expired, RunError
+from cluster.faults import Expired, Fault, RunError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -46,6 +47,7 @@ class Pump:
         self._ticks: list[_Tick] = []
         self._timers: dict[int, tuple[float, Callable[[], None]]] = {}  # number -> when it is due, whom to call
         self._numbers = itertools.count()
+        self._patient_until = -math.inf
 
     def watch(
         self,
@@ -92,6 +94,17 @@ class Pump:
                 del self._watched[ref]
                 watched.on_error(Expired(watched.who, watched.phase, silent_s))
 
+    def lose(self, who: str, cause: str) -> None:
+        """Fail all unanswered calls of a worker whose node is gone."""
+        for ref in [ref for ref, watched in self._watched.items() if watched.who == who]:
+            watched = self._watched.pop(ref, None)
+            if watched is not None:  # else a callback before it has forgotten it
+                watched.on_error(RunError(who, watched.phase, cause, fault=Fault.WORKER_LOST))
+
+    def patient(self, within_s: float) -> None:
+        """Let a wait that is going on last so long from now, whatever its own deadline: for a node that must come."""
+        self._patient_until = max(self._patient_until, time.monotonic() + within_s)
+
     def add_tick(self, call: Callable[[], None], every_s: float) -> None:
         """Call `call` about every `every_s` seconds while the pump waits."""
         self._ticks.append(_Tick(call=call, every_s=every_s, due=time.monotonic() + every_s))
@@ -125,11 +138,11 @@ class Pump:
                     "nothing is running that it could wait for",
                     "This is a defect of the program, not of the settings.",
                 )
-            if time.monotonic() >= until:
+            if time.monotonic() >= max(until, self._patient_until):
                 raise RunError(
                     "driver", waiting_for, f"no answer within {timeout_s:g} s, still waiting for {self._names()}"
                 )
-            if self._serve(until):
+            if self._serve(max(until, self._patient_until)):
                 until = time.monotonic() + timeout_s
 
     def _serve(self, until: float) -> bool:

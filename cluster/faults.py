@@ -104,7 +104,9 @@ def classify(error: BaseException) -> Fault:
     """
     from ray import exceptions as ray_errors
 
-    if isinstance(error, (Expired, ray_errors.GetTimeoutError)):
+    if isinstance(error, RunError) and error.fault is not None and not isinstance(error, ray_errors.RayError):
+        return error.fault  # of the pump: silence, or a node that is gone
+    if isinstance(error, ray_errors.GetTimeoutError):
         return Fault.EXPIRED
     cause = error
     while isinstance(cause, ray_errors.RayTaskError) and isinstance(cause.cause, ray_errors.RayError):

@@ -241,6 +241,17 @@ class Gang:
             ray.kill(handle)
         self._handles = []
 
+    def occupy(self, index: int) -> None:
+        """The seat of a rank has a node. The owner starts ranks, all together."""
+
+    def retire(self, index: int) -> None:
+        """The node of a rank will leave. The owner moves the gang, between two steps."""
+
+    def vacate(self, index: int, *, lost: bool) -> None:
+        """The seat of a rank has no node any more; lost: a call that it was in has failed."""
+        if lost:
+            self._pump.lose(f"{self.role}[{index}]", "its node is gone")
+
     def _call_start(self, phase: str, send: Callable[[Any, int], ObjectRef[Any]]) -> list[Any]:
         try:
             return self.call(phase, send, timeout_s=self._config.ready_timeout_s)

@@ -27,6 +27,13 @@ class RoleDemand:
     gpus: float  # of each worker
     turn: str = ""
     """Roles with the same turn compute at the same time and share the cores of their bundle; "": this role alone."""
+    fewest: int = 0
+    """Workers without which the role cannot begin; the others may come later. 0: all, as of a gang."""
+
+    @property
+    def at_once(self) -> int:
+        """The number of workers that must have their place before the role begins."""
+        return self.fewest or self.workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +51,7 @@ class Bundle:
 class Slot:
     """A worker's seat: worker `index` of `role` takes `cpus` and `gpus` of bundle number `bundle`.
 
-    cpus: as Ray counts them. threads: with which the process computes when it is its turn.
+    cpus: as Ray counts them. threads: with which the process computes when it is its turn. gang: whether it is a rank.
     """
 
     role: str
@@ -53,19 +60,34 @@ class Slot:
     cpus: float
     gpus: float
     threads: int
+    gang: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The seats of a run."""
+    """The seats of a run. core: numbers of the bundles that must be there together before the run begins."""
 
     bundles: tuple[Bundle, ...]
     slots: tuple[Slot, ...]
+    core: tuple[int, ...] = ()
 
     @property
     def cpus(self) -> int:
         """CPUs of all bundles together."""
         return sum(bundle.cpus for bundle in self.bundles)
+
+    @property
+    def least(self) -> Placement:
+        """The core alone, with which the run begins and goes on."""
+        return Placement(
+            bundles=tuple(self.bundles[number] for number in self.core),
+            slots=tuple(slot for slot in self.slots if slot.bundle in self.core),
+            core=tuple(range(len(self.core))),
+        )
+
+    def in_bundle(self, bundle: int) -> list[Slot]:
+        """The seats of a bundle."""
+        return [slot for slot in self.slots if slot.bundle == bundle]
 
     def slot(self, role: str, index: int) -> Slot:
         """The seat of worker `index` of `role`."""
@@ -108,7 +130,8 @@ def plan_placement(
     bundles = tuple(Bundle(cpus=cpus, gpus=max(d.gpus for d in group)) for group in residents)
     by_role = {d.role: d for d in demands}
     slots = tuple(_seat(by_role[role], i, b, bundles[b], residents[b]) for role, i, b in seats)
-    return Placement(bundles=bundles, slots=slots)
+    core = sorted({slot.bundle for slot in slots if slot.index < by_role[slot.role].at_once})
+    return Placement(bundles=bundles, slots=slots, core=tuple(core))
 
 
 def place(config: ClusterConfig, asked: Sequence[RoleDemand]) -> Placement:
@@ -159,6 +182,26 @@ def shortages(placement: Placement, nodes: Sequence[NodeResources]) -> list[str]
     ]
 
 
+def described(placement: Placement) -> str:
+    """The bundles of a placement, in a few words: `2 bundles of 4 CPUs`."""
+    counted = Counter(placement.bundles)
+    return ", ".join(f"{count} bundle{'' if count == 1 else 's'} of {bundle}" for bundle, count in counted.items())
+
+
+def labels_of_bundles(placement: Placement, config: ClusterConfig) -> dict[int, dict[str, str]]:
+    """Bundle -> labels that its node must have: those of learners where a learner sits there, else those of workers."""
+    learners, workers = (labels_of(words) for words in (config.learner_labels, config.worker_labels))
+    gangs = {slot.bundle for slot in placement.slots if slot.gang}
+    found = {number: learners if number in gangs else workers for number in range(len(placement.bundles))}
+    return {number: labels for number, labels in found.items() if labels}
+
+
+def labels_of(words: Sequence[str]) -> dict[str, str]:
+    """Labels from words KEY=VALUE."""
+    pairs = (word.partition("=") for word in words)
+    return {key: value for key, _, value in pairs}
+
+
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Cores that this process may use, by its affinity and by its quota of CPU time, rounded up.
 
@@ -205,6 +248,7 @@ def _seat(demand: RoleDemand, index: int, number: int, bundle: Bundle, residents
         cpus=_part(bundle.cpus, len(residents)),
         gpus=gpus,
         threads=threads,
+        gang=not demand.fewest,
     )
 
 

@@ -3,7 +3,8 @@
 `work.decide` decides what a fault means, and `Pool` carries it out. A call is watched under one reference per attempt,
 and the reference of a failed attempt is never looked at again, so a worker that was given up and answers later is not
 heard. A pool goes on with fewer workers than it should have: a seat whose process does not get ready is left empty for
-a while, as long as another worker lives. Left out: which worker gets which work. The result must not depend on it.
+a while, and one that has no node until it has one, as long as another worker lives. Left out: which worker gets which
+work. The result must not depend on it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Task:
-    """One attempt at a piece of work. dropped: its result and its errors are ignored."""
+    """One attempt at a piece of work. spared: attempts before it that ended by plan, so that they do not count.
+    dropped: its result and its errors are ignored.
+    """
 
     work: Work
     attempt: int = 1
+    spared: int = 0
     dropped: bool = False
 
 
@@ -56,6 +60,13 @@ class _Worker:
     failures: int = 0  # failed starts in this seat, in a row
     failing_since: float = 0.0
     absent: bool = False  # the pool does not wait for it, until it is ready after all
+    unplaced: bool = False  # its seat has no node
+    retiring: bool = False  # its node will leave, so it gets work only if nobody else can
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether the pool goes on without it for now."""
+        return self.absent or self.unplaced
 
 
 class Pool:
@@ -70,12 +81,15 @@ class Pool:
         config: ClusterConfig,
         fingerprint: Fingerprint,
     ) -> None:
-        """spawn(index) starts the worker of seat `index` and returns its handle, also for each replacement."""
+        """spawn(index) starts the worker of seat `index` and returns its handle, also for each replacement.
+
+        It returns None while the seat has no node; the owner of the seats calls `occupy` when it has.
+        """
         self.role = role
         self.replaced = 0
         self.busy_seconds = 0.0  # of all workers together, from sending a call to its answer
         self._spawn = spawn
-        self._size = size
+        self.size = size
         self._pump = pump
         self._config = config
         self._fingerprint = fingerprint
@@ -83,10 +97,13 @@ class Pool:
         self._queue: deque[_Task] = deque()
         self._pulse = Pulse(pump, config.pulse_timeout_s)
         self._incidents = Incidents(config.replacement_window_s)
+        self._hope: int | None = None  # timer until which some worker must have a node
+        self.is_gone: Callable[[int], bool] = lambda index: False
+        """Whether the node of a seat is gone; called when its worker was lost."""
 
     def start(self) -> None:
         """Start all workers; returns at once."""
-        self._workers = [_Worker(index, node="") for index in range(self._size)]
+        self._workers = [_Worker(index, node="") for index in range(self.size)]
         for worker in self._workers:
             self._seat(worker)
 
@@ -97,7 +114,7 @@ class Pool:
         """
         self._pump.run_until(
             lambda: (
-                all(worker.info or worker.absent for worker in self._workers)
+                all(worker.info or worker.is_missed for worker in self._workers)
                 and any(worker.info for worker in self._workers)
             ),
             timeout_s=self._config.ready_timeout_s * (1 + self._config.max_replacements),
@@ -140,15 +157,53 @@ class Pool:
     @property
     def absent(self) -> int:
         """The number of workers that do not get ready, so that the pool goes on without them."""
-        return sum(worker.absent for worker in self._workers)
+        return sum(worker.absent and not worker.unplaced for worker in self._workers)
 
     @property
     def is_ready(self) -> bool:
         """Whether every worker is ready, except those the pool goes on without."""
-        return bool(self._workers) and all(worker.info or worker.absent for worker in self._workers)
+        return bool(self._workers) and all(worker.info or worker.is_missed for worker in self._workers)
+
+    def occupy(self, index: int) -> None:
+        """The seat of a worker has a node: start a process there, unless one is there."""
+        for worker in self._workers:
+            if worker.index == index and worker.unplaced:
+                worker.unplaced = False
+                self._seat(worker)
+
+    def retire(self, index: int) -> None:
+        """The node of a worker will leave: send it no more work, as long as others are there."""
+        for worker in self._workers:
+            worker.retiring = worker.retiring or worker.index == index
+
+    def vacate(self, index: int, *, lost: bool) -> None:
+        """The seat of a worker has no node any more: end the process, and do its work again elsewhere.
+
+        lost: not by plan, so that what it was doing has failed once more.
+        """
+        worker = next((worker for worker in self._workers if worker.index == index), None)
+        if worker is None or worker.unplaced:
+            return
+        task = worker.task
+        if lost and task is not None and worker.call is not None:
+            self._pump.lose(self._name(worker), "its node is gone")
+            return
+        log.info(
+            "%s leaves its seat%s", self._name(worker), "" if lost else ", since its node will leave or is given back"
+        )
+        self._dismiss(worker)
+        self._workers[self._workers.index(worker)] = _Worker(worker.index, node="", unplaced=True)
+        self.replaced += lost
+        if task is not None and not task.dropped:
+            self._queue.appendleft(_Task(task.work, task.attempt + 1, task.spared + 1))
+            if task.work.on_retry is not None:
+                task.work.on_retry()
+        self._hope_for_a_node()
+        self._dispatch()
 
     def close(self) -> None:
         """Kill all workers and drop all work; nobody is called back."""
+        self._give_up_hope()
         self._queue.clear()
         for worker in self._workers:
             self._dismiss(worker)
@@ -157,6 +212,11 @@ class Pool:
     def _seat(self, worker: _Worker) -> None:
         """Start a process in an empty seat."""
         worker.timer, worker.handle = None, self._spawn(worker.index)
+        if worker.handle is None:
+            worker.unplaced = True
+            self._hope_for_a_node()
+            return
+        self._give_up_hope()
         self._pulse.follow(self._name(worker), worker.handle)
         worker.call = worker.handle.describe.remote()
         self._pump.watch(
@@ -166,6 +226,26 @@ class Pool:
             timeout_s=self._config.ready_timeout_s,
             on_done=lambda info: self._ready(worker, info),
             on_error=lambda error: self._start_failed(worker, error),
+        )
+
+    def _hope_for_a_node(self) -> None:
+        """Wait for a node, but not for ever, if no worker of the pool has one."""
+        if self._hope is None and self._workers and all(worker.unplaced for worker in self._workers):
+            within_s = self._config.node_timeout_s
+            self._pump.patient(within_s + 1)
+            self._hope = self._pump.later(within_s, self._no_node)
+
+    def _give_up_hope(self) -> None:
+        if self._hope is not None:
+            self._pump.cancel(self._hope)
+            self._hope = None
+
+    def _no_node(self) -> None:
+        raise RunError(
+            self.role,
+            "placement",
+            f"the nodes of all its workers are gone, and no other came within {self._config.node_timeout_s:g} s",
+            "Raise cluster.node_timeout_s if an autoscaler needs longer, and see what the cluster can provide.",
         )
 
     def _ready(self, worker: _Worker, info: WorkerInfo) -> None:
@@ -182,8 +262,10 @@ class Pool:
         worker.failing_since = worker.failing_since if worker.failures else now
         worker.failures += 1
         # Trying again to fill a seat that the pool does without costs the run nothing.
-        incidents = self._incidents.add(now, worker.node) if fault.of_a_process and not worker.absent else 0
-        others = sum(other is not worker and not other.absent for other in self._workers)
+        is_gone = fault is Fault.WORKER_LOST and self.is_gone(worker.index)
+        is_incident = fault.of_a_process and not worker.absent and not is_gone
+        incidents = self._incidents.add(now, worker.node) if is_incident else 0
+        others = sum(other is not worker and not other.is_missed for other in self._workers)
         failing_s = now - worker.failing_since
         restart = decide_start(
             fault,
@@ -208,8 +290,9 @@ class Pool:
         self._replace(worker, "start", fault, after_s=restart.after_s)
 
     def _dispatch(self) -> None:
-        """Send queued work to idle workers, lowest seat first."""
-        for worker in self._workers:
+        """Send queued work to idle workers, lowest seat first; if all nodes will leave, then to these."""
+        staying = [worker for worker in self._workers if worker.info is not None and not worker.retiring]
+        for worker in staying or self._workers:
             if not self._queue:
                 return
             if worker.info is not None and worker.call is None:
@@ -266,9 +349,11 @@ class Pool:
             work.on_input_lost()
             taken_back = True
         lost = fault in (Fault.WORKER_LOST, Fault.EXPIRED)
-        incidents = self._incidents.add(time.monotonic(), worker.node, work.cause) if lost else 0
+        # nodes come and go, and a run on such nodes must last: only what happens on living nodes counts
+        is_incident = lost and not self.is_gone(worker.index)
+        incidents = self._incidents.add(time.monotonic(), worker.node, work.cause) if is_incident else 0
         attempt, attempts = (
-            0 if taken_back or task.dropped else task.attempt,
+            0 if taken_back or task.dropped else task.attempt - task.spared,
             work.attempts or self._config.max_attempts,
         )
         decision = decide(fault, attempt=attempt, attempts=attempts, incidents=incidents, config=self._config)
@@ -276,7 +361,7 @@ class Pool:
         if decision.stop and not dealt_with:
             raise self._stopped(worker, work.phase, decision.stop, fault, error) from error
         if decision.requeue:
-            self._queue.appendleft(_Task(work, task.attempt + 1))
+            self._queue.appendleft(_Task(work, task.attempt + 1, task.spared))
             if work.on_retry is not None:
                 work.on_retry()
         return decision.replace

@@ -12,7 +12,9 @@ from cluster.faults import RunError, classify, last_lines
 from cluster.gang import Gang, Ticket
 from cluster.halving import DivisibleWork, submit_divisible
 from cluster.handshake import Fingerprint
+from cluster.placement import described
 from cluster.pool import Pool
+from cluster.seats import LOOK_S
 from cluster.session import Session
 from cluster.spawn import Spawner
 from cluster.work import Work
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     DivisibleSend = Callable[[Any, int, frozenset[int]], tuple[ObjectRef, ...]]
+
+
+_ROOM_S = 2.0  # for which the core may look for a place beside the others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,8 @@ class Runtime:
     pump: Pump
     fingerprint: Fingerprint
     config: ClusterConfig
+    is_elastic: bool = False
+    """Whether nodes may come and go."""
 
     @property
     def timeout_s(self) -> float:
@@ -46,7 +53,15 @@ class Runtime:
         """Make a runtime whose waits end when the run is asked to stop."""
         pump = Pump()
         pump.add_tick(session.check, every_s=0.2)
-        return cls(placed=placed, pump=pump, fingerprint=session.fingerprint, config=config)
+        if not session.is_local:
+            pump.add_tick(placed.seats.tick, every_s=LOOK_S)
+        return cls(
+            placed=placed,
+            pump=pump,
+            fingerprint=session.fingerprint,
+            config=config,
+            is_elastic=not session.is_local,
+        )
 
     def wait(self, condition: Callable[[], bool], waiting_for: str) -> None:
         """Serve events until the condition holds, for at most twice the time that one call may take."""
@@ -123,7 +138,7 @@ class Runtime:
         If a model lies in the run folder, every worker must see that folder.
         """
         placed = self.placed.reading(*reads)
-        return Pool(
+        pool = Pool(
             role,
             lambda index: placed.spawn(cls, role, index, **arguments),
             size,
@@ -131,6 +146,9 @@ class Runtime:
             self.config,
             self.fingerprint,
         )
+        pool.is_gone = lambda index: placed.seats.is_gone(role, index)
+        placed.seats.attach(pool)
+        return pool
 
     def beside(self, role: str, cls: type) -> Pool:
         """Make a pool of one worker on the driver's own node, outside the placement, without starting it."""
@@ -146,4 +164,32 @@ class Runtime:
                 cls, role, rank, rank=rank, ranks=ranks, timeout_s=self.config.peer_timeout_s, **arguments
             )
 
-        return Gang(role, spawn, ranks, self.pump, self.config, self.fingerprint)
+        gang = Gang(role, spawn, ranks, self.pump, self.config, self.fingerprint)
+        self.placed.seats.attach(gang)
+        return gang
+
+    def await_core(self) -> None:
+        """Serve events until the core of the seats has nodes, for at most cluster.node_timeout_s.
+
+        Raises RunError when it has none by then.
+        """
+        seats, within_s = self.placed.seats, self.config.node_timeout_s
+
+        def too_late() -> None:
+            raise RunError(
+                "cluster",
+                "placement",
+                f"the learners have lost a node, and no place for {described(seats.placement.least)} came within "
+                f"{within_s:g} s",
+                "Raise cluster.node_timeout_s if an autoscaler needs longer, and see what the cluster can provide.",
+            )
+
+        limit, room = self.pump.later(within_s, too_late), self.pump.later(_ROOM_S, seats.make_room)
+        try:
+            self.pump.run_until(
+                lambda: seats.core_is_there, timeout_s=within_s + 1, waiting_for="another node for the learners"
+            )
+        finally:
+            self.pump.cancel(limit)
+            self.pump.cancel(room)
+        seats.ask_again()

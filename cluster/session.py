@@ -24,12 +24,15 @@ from cluster.config import ClusterConfig
 from cluster.faults import RunError
 from cluster.handshake import Fingerprint, fingerprint
 from cluster.imports import job_config
-from cluster.placement import NodeResources, Placement, shortages, usable_cores
+from cluster.placement import NodeResources, Placement, described, labels_of_bundles, shortages, usable_cores
+from cluster.seats import Seats
 from cluster.shared import FolderMark
 from cluster.signals import hang_up_blocked, postponed
 from cluster.spawn import Spawner
 
 log = logging.getLogger(__name__)
+
+_MOMENT_S = 5.0  # for bundles that fit the present nodes
 
 _TOKEN = secrets.token_hex(32)  # one per process, because Ray keeps the first it sees
 
@@ -131,50 +134,59 @@ class Session:
         resources = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
         return [NodeResources(name=name, cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0)) for name, has in resources]
 
-    def place(self, placement: Placement) -> Spawner:
+    def place(self, placement: Placement, say: Callable[[str], None] = lambda line: None) -> Spawner:
         """Reserve the bundles, close together where there is a choice.
 
-        Raises RunError: at once when they cannot fit a local Ray, on a cluster (which may be about to grow) after
-        cluster.place_timeout_s.
+        On a cluster only the core is waited for; the other bundles are asked for, and come when there is room. say: is
+        told of what is waited for. Raises RunError: at once when the bundles cannot fit a local Ray, on a cluster
+        (which may be about to grow) when the core has no place after cluster.place_timeout_s.
         """
-        from ray.util.placement_group import placement_group, remove_placement_group
-
         if self._is_local:
             self._refuse(shortages(placement, self.nodes()))
-        group = placement_group(
-            [{"CPU": bundle.cpus, "GPU": bundle.gpus} for bundle in placement.bundles], strategy="PACK"
-        )
-        deadline = time.monotonic() + self._config.place_timeout_s
+        seats = Seats(placement, labels_of_bundles(placement, self._config))
         try:
-            # short waits, so that signals are served
-            while not group.wait(timeout_seconds=min(1.0, self._config.place_timeout_s)):
-                self.check()
-                if time.monotonic() > deadline:
-                    self._refuse(
-                        shortages(placement, self.nodes())
-                        or [f"the nodes are large enough, but others use them; free are {_free_resources()}."]
-                    )
+            seats.ask_core()
+            if not seats.wait(core=True, timeout_s=0.5, check=self.check):
+                say(f"waiting for {described(placement.least)}; free are {_free_resources()}")
+                if not seats.wait(core=True, timeout_s=self._config.place_timeout_s, check=self.check):
+                    self._refuse(self._missing(placement))
+            seats.ask_rest()
+            # what fits is there in a moment; nobody waits for what does not
+            room = self._is_local or not shortages(placement, self.nodes())
+            seats.wait(core=False, timeout_s=_MOMENT_S if room else 0.5, check=self.check)
+            if seats.waiting:
+                told = f"{seats.waiting} of {len(placement.bundles)} bundles have no place yet"
+                say(f"{told}; the run begins without them")
         except BaseException:
-            remove_placement_group(group)
+            seats.remove()
             raise
-        return self._spawner(placement, group)
+        return self._spawner(seats)
 
     def beside(self) -> Spawner:
         """A spawner for processes on the driver's own node, without seats (`spawn_beside`)."""
-        return self._spawner(Placement(bundles=(), slots=()), None)
+        return self._spawner(Seats(Placement(bundles=(), slots=())))
 
     def preflight(self, placement: Placement) -> None:
-        """Raises RunError as `place` does when the bundles do not fit the nodes, whether these are in use or not.
+        """Raises RunError as `place` does when the core does not fit the nodes, whether these are in use or not.
 
         A cluster that is too small is asked for the bundles, because it may grow; they are then released.
         """
-        if shortages(placement, self.nodes()):
-            self.place(placement).remove()
+        if shortages(placement.least, self.nodes()):
+            self.place(placement.least).remove()
 
-    def _spawner(self, placement: Placement, group: Any) -> Spawner:
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a Ray of the run alone, whose one node neither comes nor goes."""
+        return self._is_local
+
+    def _missing(self, placement: Placement) -> list[str]:
+        """Why the core has no place."""
+        reasons = shortages(placement.least, self.nodes())
+        return reasons or [f"the nodes are large enough, but others use them; free are {_free_resources()}."]
+
+    def _spawner(self, seats: Seats) -> Spawner:
         return Spawner(
-            placement,
-            group,
+            seats,
             log_dir=self.log_dir,
             packages=self.packages,
             pulse_timeout_s=self._config.pulse_timeout_s,

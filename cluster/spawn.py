@@ -14,16 +14,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.handshake import Fingerprint, fingerprint
 from cluster.imports import roots, use_roots
-from cluster.placement import Placement
 from cluster.pulse import start_pulse
+from cluster.seats import Seats
 from cluster.shared import FolderMark
-
-if TYPE_CHECKING:
-    from ray.util.placement_group import PlacementGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +38,7 @@ class Spawner:
 
     def __init__(
         self,
-        placement: Placement,
-        group: PlacementGroup,
+        seats: Seats,
         *,
         log_dir: Path,
         packages: Sequence[str],
@@ -50,8 +46,7 @@ class Spawner:
         mark: FolderMark | None = None,
     ) -> None:
         """mark: every process that reads or writes in the run folder must find it."""
-        self.placement = placement
-        self._group = group
+        self.seats = seats
         self._log_dir = log_dir.absolute()
         self._packages = tuple(packages)
         self._pulse_timeout_s = pulse_timeout_s
@@ -68,12 +63,15 @@ class Spawner:
     def spawn(self, cls: type, role: str, index: int, /, *args: Any, **kwargs: Any) -> Any:
         """Start `cls(*args, **kwargs)` as worker `index` of `role`; returns its Ray handle at once.
 
-        Errors of the constructor arrive with the first call.
+        None while its seat has no node. Errors of the constructor arrive with the first call.
         """
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        slot = self.placement.slot(role, index)
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot.bundle)
+        slot, reserved = self.seats.placement.slot(role, index), self.seats.reservation(role, index)
+        if reserved is None:
+            return None
+        group, number = reserved
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
         return self._start(
             cls,
             f"{role}-{index}",
@@ -111,9 +109,7 @@ class Spawner:
 
     def remove(self) -> None:
         """Release the seats; processes that are still in them are killed."""
-        from ray.util.placement_group import remove_placement_group
-
-        remove_placement_group(self._group)
+        self.seats.remove()
 
 
 def _hosted(

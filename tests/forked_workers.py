@@ -6,13 +6,14 @@ a script that asks a server to fork itself. The child goes on as Ray's own worke
 environment, the folder and the process group that Ray gave. No module of the program is imported before the fork.
 
 Runs by the command line start their workers as Ray does, but for those that ask for this by `python forked_workers.py
-run ARGUMENTS`. Left out: a seed of its own for each worker's string hashes; two runs by the command line differ in it.
+run ARGUMENTS`, and nodes that are started by `python forked_workers.py ray start ...`. Left out: a seed of its own for each worker's string hashes; two runs by the command line differ in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import runpy
@@ -35,7 +36,7 @@ _LIBRARIES = (
     "transformers.models.auto.tokenization_auto",
     "transformers.models.gpt2.modeling_gpt2",
 )
-_NO_JOB = "ffffffff"  # of a worker that Ray starts in advance
+_NO_JOB = "ffffffff"  # of a worker that Ray starts in advance; the server of Ray Client has none
 
 
 @contextlib.contextmanager
@@ -58,11 +59,13 @@ def forked_workers() -> Iterator[None]:
 
 def ask(arguments: list[str]) -> None:
     """What Ray calls: have a worker forked with this process's environment, folder and output."""
-    job, prefix = os.environ["RAY_JOB_ID"], "--serialized-runtime-env-context="
+    job, prefix = os.environ.get("RAY_JOB_ID", _NO_JOB), "--serialized-runtime-env-context="
     context = json.loads(next((each.removeprefix(prefix) for each in arguments if each.startswith(prefix)), "{}"))
     asks_for = {name for name, value in context.items() if value} - {"env_vars"}
     if job == _NO_JOB or asks_for - {"py_executable"} or context.get("py_executable", sys.executable) != sys.executable:
-        setup = Path(arguments[0]).with_name("setup_worker.py")
+        ray = importlib.util.find_spec("ray")
+        assert ray is not None and ray.origin is not None
+        setup = Path(ray.origin).parent / "_private" / "workers" / "setup_worker.py"
         os.execv(sys.executable, [sys.executable, str(setup), *arguments])
     # Ray reads these two when it is imported, and never again: a server for each.
     address = Path(os.environ[FOLDER]) / f"{os.environ['RAY_RAYLET_PID']}-{job}"
@@ -192,11 +195,22 @@ def run(arguments: list[str]) -> None:
         runpy.run_module("pipeline", run_name="__main__")
 
 
+def ray_command(arguments: list[str]) -> None:
+    """`ray ARGUMENTS`, such as the start of a node whose workers are forked."""
+    from ray.scripts.scripts import main
+
+    sys.argv = ["ray", *arguments]
+    with forked_workers():
+        main()
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["serve", address]:
             serve(Path(address))
         case ["run", *arguments]:
             run(arguments)
+        case ["ray", *arguments]:
+            ray_command(arguments)
         case arguments:
             ask(arguments)

@@ -77,9 +77,7 @@ def test_a_plain_class_becomes_an_actor_with_its_process_settled(placed: Spawner
 
 @pytest.mark.slow
 def test_without_a_log_folder_the_output_stays_with_ray(placed: Spawner, ray_session: Session, tmp_path: Path) -> None:
-    elsewhere = Spawner(
-        placed.placement, placed._group, log_dir=tmp_path / "on another machine", packages=(), pulse_timeout_s=60
-    )
+    elsewhere = Spawner(placed.seats, log_dir=tmp_path / "on another machine", packages=(), pulse_timeout_s=60)
     handle = elsewhere.spawn(Plain, "plain", 0, "a", times=1)
     assert get(handle.describe.remote()).log_file == ""
     assert not (tmp_path / "on another machine").exists()

@@ -103,7 +103,7 @@ def check_judges(judges: Mapping[str, RewardConfig]) -> None:
 
 def examiners(evaluation: EvaluationConfig) -> list[RoleDemand]:
     """The workers and GPUs that an evaluation needs."""
-    return [RoleDemand(role="examiner", workers=evaluation.workers, gpus=evaluation.gpus)]
+    return [RoleDemand(role="examiner", workers=evaluation.workers, gpus=evaluation.gpus, fewest=1)]
 
 
 def idle_examiners(evaluation: EvaluationConfig, rollout: RolloutConfig) -> list[str]:

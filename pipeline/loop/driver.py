@@ -23,6 +23,7 @@ from pipeline.algorithms.kl_controller import KLController
 from pipeline.config.loop_config import LoopConfig
 from pipeline.folder.run_folder import RunFolder
 from pipeline.loop.commits import Checkpoints, Commit, DriverState
+from pipeline.loop.elastic import Elastic
 from pipeline.loop.inference import Inference
 from pipeline.loop.learners import Learners
 from pipeline.loop.metrics import Incidents, StepCounts, step_metrics
@@ -83,6 +84,7 @@ class Driver:
         self.incidents = Incidents(roles.pools, observer.say)
         self.clock = Clock()
         self.learners = Learners(config, roles, runtime)
+        self.elastic = Elastic(runtime, roles.rollout, observer.say)
         self.inference = Inference(config, roles, runtime, self.learners, observer.say)
         self.assembler = StepAssembler(config, folder, roles.assembler, runtime)
         self.start = DriverState(kl_coef=config.algorithm.kl_coef)
@@ -118,12 +120,16 @@ class Driver:
                 except StopNow:
                     break
                 except RunError as error:
-                    self.recover(error)
+                    try:
+                        self.recover(error)
+                    except StopNow:  # while it waited for a node; what it goes back to is committed
+                        raise Stopped(self.stop.number, self._standing(), self.committed) from error
             self.commit()
         raise Stopped(self.stop.number, self._standing(), self.committed)
 
     def _train(self) -> None:
         for step in self.remaining_steps():
+            self.settle()
             self.keep_generating()
             self.commit()
             batch = self.take(step)
@@ -145,19 +151,31 @@ class Driver:
             self.clock = Clock()
             yield self.state.step
 
+    def settle(self) -> None:
+        """Between two steps nothing is under way, so this is when workers and learners change their nodes.
+
+        Learners whose node is about to leave commit first.
+        """
+        self.elastic.settle()
+        if self.elastic.core_can_move:
+            self.commit(now=True)
+            self.observer.phase("move")
+            self._go_back(frozenset(), "the learners' node is about to leave")
+
     def keep_generating(self) -> None:
         """Fill the pools' queues and return at once. Consumes: the current weights."""
         self.observer.phase("rollout")
         self.collector.keep_generating(self.weights)
 
-    def commit(self) -> None:
-        """Commit the state after the last step, if a commit is due.
+    def commit(self, now: bool = False) -> None:
+        """Commit the state after the last step, if a commit is due, or if it must be done now.
 
         Each rank writes its shard; then the manifest is written, which makes the commit whole. The pools go on working
         meanwhile.
         """
         new = self.state.step - self.committed
-        if new < self.config.commit_every and not (new and (self.stop or self.state.step == self.config.steps)):
+        is_last = now or bool(self.stop) or self.state.step == self.config.steps
+        if new < self.config.commit_every and not (new and is_last):
             return
         self.observer.phase("commit")
         with self.stop.held():
@@ -225,7 +243,8 @@ class Driver:
         collected, self.collector.collected = self.collector.collected, CollectionCounts()
         self.state = self._state_after(update.batch.step + 1)
         self.clock.lap("record")
-        incidents, seconds = self.incidents.of_step(collected), dict(self.clock.seconds)
+        incidents, seconds = self.incidents.of_step(collected, self.elastic.unplaced), dict(self.clock.seconds)
+        self.elastic.step(seconds, chunks=len(update.batch.chunks))
         counts = StepCounts(account=account, collected=collected, seconds=seconds, incidents=incidents)
         self.observer.step(step_metrics(update, counts, version=self.weights.version, kl_coef=kl_coef))
 
@@ -240,21 +259,32 @@ class Driver:
         decision.stop_if_hopeless(error, in_a_row=self.rolled_back)
         self.rolled_back += 1
         self.incidents.rolled_back += 1
-        started = time.monotonic()
         log.warning("recovering from: %s", error)
         self.observer.phase("recover")
+        self._go_back(
+            decision.rebuild,
+            f"{error.who} failed during '{error.phase}' ({error.fault.value if error.fault else 'error'})",
+        )
+
+    def _go_back(self, rebuild: frozenset[str], why: str) -> None:
+        """Take the run back to the last commit, with these gangs rebuilt; all of them if they need other nodes.
+
+        A stop ends the wait for a node (StopNow), but nothing after it.
+        """
+        started = time.monotonic()
         try:
+            if self.elastic.find_places():
+                rebuild = frozenset(self.roles.gangs)
             with self.stop.held():
                 commit = self.checkpoints.latest(self.observer.remark)
                 to_start = commit is None and self.learners.has_moved  # only fresh learners hold the starting weights
-                self.learners.connect(anew=self.roles.gangs if to_start else decision.rebuild)
+                self.learners.connect(anew=self.roles.gangs if to_start else rebuild)
                 self.restore(commit)
         except RunError as again:  # another gang was lost meanwhile
             self.recover(again)
             return
         self.observer.progress.rewind(self.state.step)
-        told = f"{error.who} failed during '{error.phase}' ({error.fault.value if error.fault else 'error'})"
-        self.observer.remark(f"{told}; back to step {self.state.step}, recovered in {time.monotonic() - started:.1f} s")
+        self.observer.remark(f"{why}; back to step {self.state.step}, recovered in {time.monotonic() - started:.1f} s")
 
     def restore(self, commit: Commit | None) -> None:
         """Take ledger, buffer, prompt cursor, version, metrics and learners back to a commit; None: to the start.

@@ -113,11 +113,11 @@ class Incidents:
         self.committed_bytes = 0  # since the last step's metrics
         self.rolled_back = 0  # recoveries since this process began
 
-    def of_step(self, collected: CollectionCounts) -> dict[str, float]:
+    def of_step(self, collected: CollectionCounts, unplaced: int) -> dict[str, float]:
         """The counts of a step, under their names in the metrics.
 
         Counted since the step before: committed bytes, split batches, searches. Counted since this process began:
-        replaced workers, rollbacks. Counted now: absent workers.
+        replaced workers, rollbacks. Counted now: absent workers, and those that wait for a node (`unplaced`).
         """
         replaced, absent = (sum(getattr(pool, count) for pool in self.pools) for count in ("replaced", "absent"))
         if replaced:
@@ -131,6 +131,11 @@ class Incidents:
                 "a worker does not get ready; the run goes on without it and tries again (incident/absent_workers; "
                 "log/driver.log)",
             )
+        if unplaced:
+            self.say(
+                "unplaced",
+                "not every worker has a node; the run goes on with fewer (incident/unplaced_workers; log/driver.log)",
+            )
         committed_bytes, self.committed_bytes = self.committed_bytes, 0
         return {
             "committed_bytes": committed_bytes,
@@ -138,5 +143,6 @@ class Incidents:
             "searches": collected.searches,
             "replaced_workers": replaced,
             "absent_workers": absent,
+            "unplaced_workers": unplaced,
             "rolled_back": self.rolled_back,
         }

@@ -72,7 +72,7 @@ def reinforce(
     """
     progress.stage("start actors", 1)
     progress.phase("waiting for a place on the cluster")
-    placed = session.place(place(config.cluster, demands(config)))
+    placed = session.place(place(config.cluster, demands(config)), progress.remark)
     runtime = Runtime.of(session, placed, config.cluster)
     roles = declare_roles(config, runtime, inputs.model, inputs.reward, inputs.environment)
 

@@ -46,7 +46,7 @@ def demands_of(config: RunConfig, stages: Sequence[StageName]) -> dict[str, list
 
 def comparers(config: RunConfig) -> list[RoleDemand]:
     """What sampling comparisons asks of the cluster."""
-    return [RoleDemand(role="comparer", workers=config.rollout.workers, gpus=config.rollout.gpus)]
+    return [RoleDemand(role="comparer", workers=config.rollout.workers, gpus=config.rollout.gpus, fewest=1)]
 
 
 def cpus_per_bundle(config: RunConfig) -> int:

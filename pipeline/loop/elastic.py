@@ -1,0 +1,66 @@
+"""The nodes under a run: what the driver does between two steps when they come, leave or are gone.
+
+It changes where the work is done and by how many, never a bit of the result.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from cluster.pool import Pool
+from cluster.runtime import Runtime
+from cluster.scaling import PATIENCE, StepLoad, wanted
+
+
+class Elastic:
+    """Moves seats, and asks for as many workers of the rollout pool as are worth their nodes."""
+
+    def __init__(self, runtime: Runtime, rollout: Pool, say: Callable[[str, str], None]) -> None:
+        """say(kind, text): tells the user, once for each kind."""
+        self._runtime = runtime
+        self._seats = runtime.placed.seats
+        self._rollout = rollout
+        self._say = say
+        self._loads: deque[StepLoad] = deque(maxlen=PATIENCE)
+
+    def step(self, seconds: Mapping[str, float], chunks: int) -> None:
+        """Note how a step went: phase -> seconds, and the chunks that it had at the same time."""
+        workers = len(self._rollout.workers)
+        self._loads.append(
+            StepLoad(seconds=sum(seconds.values()), waited=seconds.get("rollout", 0.0), chunks=chunks, workers=workers)
+        )
+
+    def settle(self) -> None:
+        """Let seats go and come; to be called when no pool has work or data that is needed."""
+        if not self._runtime.is_elastic:
+            return
+        self._seats.settle()
+        role = self._rollout.role
+        held, most = self._seats.held(role), self._seats.most(role)
+        now = wanted(tuple(self._loads), held=held, core=self._rollout.size - most, most=most)
+        if now != held:
+            self._say("resized", f"the {role} pool has {self._rollout.size - most + now} workers from now on")
+            self._seats.resize(role, now)
+            self._loads.clear()
+
+    @property
+    def unplaced(self) -> int:
+        """Workers that wait for a node."""
+        return self._seats.unplaced if self._runtime.is_elastic else 0
+
+    @property
+    def core_can_move(self) -> bool:
+        """Whether a node of the learners is about to leave, and there is a place for them elsewhere."""
+        return self._runtime.is_elastic and self._seats.core_can_move
+
+    def find_places(self) -> bool:
+        """Find other nodes for the learners if theirs are gone or about to leave, and wait for them.
+
+        Returns whether it was so: then every gang must be rebuilt. Raises RunError when none came in time.
+        """
+        if not self._runtime.is_elastic or not (self._seats.core_is_lost or self._seats.core_can_move):
+            return False
+        self._seats.move_core()
+        self._runtime.await_core()
+        return True

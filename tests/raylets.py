@@ -1,0 +1,155 @@
+"""Nodes of one cluster on this machine: a raylet each, with a loopback address of its own.
+
+A node is a process group, so that it can be killed as a whole, like a machine whose power fails. SIGTERM drains it
+first, as a deleted pod or a spot machine that is taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RAY = (sys.executable, str(Path(__file__).with_name("forked_workers.py")), "ray")
+_START_S = 90.0
+
+
+def free_port() -> int:
+    """A port below those that the kernel gives to outgoing connections, one of which could take it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.closing(socket.socket()) as listener, contextlib.suppress(OSError):
+            listener.bind(("0.0.0.0", port))
+            return port
+
+
+@dataclass(slots=True)
+class Node:
+    """One raylet. number: the last part of its address."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    @property
+    def ip(self) -> str:
+        return f"127.0.0.{self.number}"
+
+    def kill(self) -> None:
+        """End it at once, with everything that runs there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own group, hence this node and its workers only
+        self.process.wait(timeout=30)
+
+    def drain(self) -> None:
+        """Give it notice: it leaves when it is empty, or when its notice is over."""
+        self.process.terminate()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A head and its nodes. environment: of a client, with the address and the token."""
+
+    environment: dict[str, str]
+    port: int
+    nodes: list[Node] = field(default_factory=list)
+
+    @property
+    def head(self) -> Node:
+        return self.nodes[0]
+
+    def add(self, cpus: int, *options: str) -> Node:
+        """Start one more node, and wait until it has joined."""
+        number = max(node.number for node in self.nodes) + 1
+        joining = (f"--address=127.0.0.1:{self.port}", f"--num-cpus={cpus}", *options)
+        node = _start(number, self.environment, *joining)
+        self.nodes.append(node)
+        _await(lambda: "Ray runtime started" in _log(node), node)
+        return node
+
+    def close(self) -> None:
+        for node in reversed(self.nodes):
+            node.kill()
+            shutil.rmtree(node.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def cluster(head_cpus: int, *, notice_s: float = 30.0) -> Iterator[Cluster]:
+    """A cluster that has only its head. notice_s: how long a node drains at SIGTERM."""
+    port = free_port()
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "PYTHONPATH"
+    }
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(notice_s),
+    }
+    head = _start(
+        1,
+        environment,
+        "--head",
+        f"--port={port}",
+        "--include-dashboard=false",
+        f"--num-cpus={head_cpus}",
+        f"--ray-client-server-port={free_port()}",
+    )
+    found = Cluster(environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, port, [head])
+    try:
+        _await(lambda: "Ray runtime started" in _log(head), head)
+        yield found
+    finally:
+        found.close()
+
+
+def _start(number: int, environment: dict[str, str], *options: str) -> Node:
+    folder = Path(tempfile.mkdtemp(prefix="rn-", dir="/tmp"))
+    command = [
+        *RAY,
+        "start",
+        "--block",
+        f"--node-ip-address=127.0.0.{number}",
+        f"--temp-dir={folder}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--object-store-memory=100000000",
+        *options,
+    ]
+    inherited = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
+    with (folder / "node.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            env=inherited,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return Node(number, process, folder)
+
+
+def _log(node: Node) -> str:
+    return (node.folder / "node.log").read_text(errors="replace")
+
+
+def _await(condition: Callable[[], bool], node: Node) -> None:
+    until = time.monotonic() + _START_S
+    while not condition():
+        assert node.is_alive and time.monotonic() < until, _log(node)[-3000:]
+        time.sleep(0.1)

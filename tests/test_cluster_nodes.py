@@ -1,0 +1,140 @@
+"""Runs on several raylets that join, are killed and leave: the same final weights as on one quiet machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from raylets import Cluster, cluster
+from run_helpers import environment
+
+GATED = '''
+import os, pathlib, time
+
+GATE = pathlib.Path(__file__).with_name("gate")
+
+def reward(prompts, responses, metadata):
+    """The share of one letter; waits while the gate is closed, so that a test can act in the middle of a step."""
+    while GATE.exists():
+        time.sleep(0.02)
+    return [response.count("a") / max(1, len(response)) for response in responses]
+'''
+RECIPE = [
+    *("walks", "--steps", "24", "--commit-every", "4", "--seed", "3"),
+    *("--model.layers", "1", "--model.width", "16", "--finetune.epochs", "1"),
+    *("--batch.prompts", "8", "--batch.epochs", "1", "--rollout.slots", "8", "--rollout.chunk-size", "2"),
+    *("--rollout.workers", "3", "--cluster.cpus-per-bundle", "2", "--reward.function", "gated:reward"),
+    *("--reward.timeout-s", "900", "--cluster.start-timeout-s", "300"),
+]
+FORKED = str(Path(__file__).with_name("forked_workers.py"))
+PATIENCE_S = 300.0
+
+
+class Run:
+    """A run by the command line on a cluster, or on a Ray of its own."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder / "run"
+        self.gate = folder / "gate"
+        (folder / "gated.py").write_text(GATED)
+        with (folder / "output").open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, FORKED, "run", "train", *RECIPE, "--run-dir", str(self.folder)],
+                env=environment,
+                cwd=folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self.output = folder / "output"
+
+    @property
+    def log(self) -> str:
+        path = self.folder / "log" / "driver.log"
+        return path.read_text() if path.is_file() else ""
+
+    def await_line(self, pattern: str, since: int = 0) -> int:
+        """Wait until the log has a line that fits, after so many characters; returns where it ends."""
+        until = time.monotonic() + PATIENCE_S
+        while not (found := re.search(pattern, self.log[since:])):
+            assert self.process.poll() is None and time.monotonic() < until, f"no {pattern!r} in\n{self.told()}"
+            time.sleep(0.05)
+        return since + found.end()
+
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """Inside, no more than the step that is under way can be done; yields the length of the log at its begin."""
+        self.gate.touch()
+        yield len(self.log)
+        self.gate.unlink()
+
+    def end(self) -> str:
+        """Wait for a good end; returns the log."""
+        self.process.wait(timeout=PATIENCE_S)
+        assert self.process.returncode == 0, self.told()
+        return self.log
+
+    def told(self) -> str:
+        return f"{self.output.read_text()[-2500:]}\n{self.log[-2500:]}"
+
+    @property
+    def weights(self) -> bytes:
+        return (self.folder / "policy" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights of the same run on one machine that nothing happens to."""
+    run = Run(tmp_path_factory.mktemp("quiet"), environment())
+    run.end()
+    return run.weights
+
+
+@pytest.fixture
+def nodes() -> Iterator[Cluster]:
+    with cluster(2) as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_nodes_that_join_are_killed_and_leave_change_no_bit(quiet: bytes, tmp_path: Path, nodes: Cluster) -> None:
+    """The learners sit on the head. It has room for one worker; two more come and go with their nodes."""
+    run = Run(tmp_path, nodes.environment)
+    at = run.await_line("rollout.0. ready")
+    with run.held() as at:
+        assert "2 of 3 bundles have no place yet; the run begins without them" in run.log
+        first = nodes.add(2)
+        at = run.await_line(rf"rollout\[1\] ready: pid \d+ on {first.ip}", at)
+        second = nodes.add(2)
+        at = run.await_line(rf"rollout\[2\] ready: pid \d+ on {second.ip}", at)
+    at = run.await_line("step .* is done", at)
+    with run.held() as at:  # chunks wait on every worker
+        first.kill()
+        at = run.await_line(rf"node \w+ \({first.ip}\) is gone, and with it rollout\[1\]", at)
+    at = run.await_line("step .* is done", at)
+    with run.held() as at:
+        third = nodes.add(2)
+        at = run.await_line(rf"rollout\[1\] ready: pid \d+ on {third.ip}", at)
+        second.drain()
+        at = run.await_line(rf"node \w+ \({second.ip}\) is about to leave, and with it rollout\[2\]", at)
+    run.await_line(r"rollout\[2\] leaves its seat", at)
+    log = run.end()
+    assert run.weights == quiet
+    assert "back to step" not in log, "the learners had nothing to do with it"
+    account = ledger(run)
+    assert account["issued"] == account["trained"] == 24 * 8
+    assert account["reissued"] > 0
+    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert {step["incident/rolled_back"] for step in metrics} == {0}
+
+
+def ledger(run: Run) -> dict[str, float]:
+    """Its account after the last step."""
+    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return {name.removeprefix("ledger/"): value for name, value in last.items() if name.startswith("ledger/")}
