@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from cluster import imports
 from cluster.config import ClusterConfig
@@ -30,7 +30,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 )
 
-settings.register_profile(QUICK, max_examples=30)
+# No input has a deadline, which is 200 ms unless told otherwise: a machine may be slow, or stand still for a moment.
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(QUICK, parent=settings.get_profile("default"), max_examples=30)
 
 ACTORS = "tests/test_actors_"  # the files whose tests share a pair of gloo ranks and need no Ray
 LONGEST = (
@@ -108,7 +110,23 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
             local_cpus=16,
         ) as session,
     ):
+        _warm_up()
         yield session
+
+
+def _warm_up() -> None:
+    """The first worker waits until the process that it is forked from has imported the libraries, which takes a slow
+    machine a minute: longer than a test about workers gives a worker to start.
+    """
+    import ray
+
+    class First:
+        def answer(self) -> None:
+            """It lives."""
+
+    handle = ray.remote(First).options(num_cpus=0).remote()
+    ray.get(handle.answer.remote(), timeout=600)
+    ray.kill(handle)
 
 
 @pytest.fixture(scope="session")
