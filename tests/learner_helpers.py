@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from actors.learner.trainees.policy import PolicyTrainee
 from actors.learner.trainees.reward_model import RewardModelTrainee
 from actors.models.reward_model import Preference
 from actors.objective import ActionTokens
+from ports import free_port
 
 STAGES = (0, 1, 2, 3)
 VOCABULARY = 96
@@ -200,12 +200,6 @@ def weights_of(learner: Learner) -> dict[str, Tensor] | None:
     return None if weights is None else {name: tensor.clone() for name, tensor in weights.tensors()}
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 class Gang:
     """Two or more real processes; `run` calls one function on every rank, as f(rank, ranks, port, *arguments)."""
 
@@ -223,7 +217,7 @@ class Gang:
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 180.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 600.0) -> list[Any]:
         """What every rank returned. A rank's exception is raised here; no answer in time is an AssertionError."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
@@ -256,7 +250,7 @@ def pair() -> Gang:
     """Two ranks that serve every test of the session: processes are daemons, and end with it."""
     gang = Gang(2)
     # what two processes import takes long on a busy machine, and is no test's to wait for
-    gang.run(_awake, timeout_s=240.0)
+    gang.run(_awake)
     return gang
 
 

@@ -30,7 +30,6 @@ from learner_helpers import (
     PolicyGradient,
     SquaredError,
     Trained,
-    free_port,
     make_experience,
     make_learner,
     pair,
@@ -42,6 +41,7 @@ from learner_helpers import (
     train_on,
     weights_of,
 )
+from ports import free_port
 from tiny_models import save_llama
 
 TEMPERATURE = 0.9  # as in make_learner

@@ -27,7 +27,6 @@ from learner_helpers import (
     TRAINEES,
     PolicyGradient,
     SquaredError,
-    free_port,
     make_experience,
     make_learner,
     pair,
@@ -37,6 +36,7 @@ from learner_helpers import (
     stages,
     weights_of,
 )
+from ports import free_port
 
 DTYPES = ("float32", "bfloat16")
 RATE = 1e-3

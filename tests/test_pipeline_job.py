@@ -21,6 +21,7 @@ import pytest
 
 from pipeline.config.recipe import load
 from pipeline.folder.run_folder import read_history
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
@@ -46,12 +47,6 @@ TINY = [
 ]
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
     """A head of its own process group, ports and folder, that only the holder of the token may talk to; yields a
@@ -60,6 +55,7 @@ def head() -> Iterator[dict[str, str]]:
     port, dashboard, folder = free_port(), free_port(), tempfile.mkdtemp(prefix="rj-", dir="/tmp")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_JOB_STOP_WAIT_TIME_S": "300"}  # as in our cluster files: Ray kills a job after 3 s otherwise
     command = [
         RAY,
         "start",
@@ -87,11 +83,11 @@ def head() -> Iterator[dict[str, str]]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own group, hence this head and its workers only
-        process.wait(timeout=10)
+        process.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _await(port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60) -> None:
+def _await(port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 300) -> None:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         assert process.poll() is None, log.read_text()[-2000:]
@@ -114,7 +110,7 @@ def submit(
 
 def job(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Ray takes jobs some time after its dashboard listens, and until then says so."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while True:
         done = subprocess.run(
             [str(RAY), "job", *arguments], env=environment, cwd="/", capture_output=True, text=True, timeout=600
@@ -229,7 +225,7 @@ def newest_commit(run_dir: Path) -> int:
     )
 
 
-def await_words(file: Path, words: str, timeout_s: float = 120) -> None:
+def await_words(file: Path, words: str, timeout_s: float = 300) -> None:
     until = time.monotonic() + timeout_s
     while not (file.is_file() and words in file.read_text()):
         assert time.monotonic() < until, f"no {words!r} in {file} within {timeout_s} s"

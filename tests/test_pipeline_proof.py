@@ -24,7 +24,6 @@ from actors.models.text import TextCodec
 from actors.models.tokenizer import load_tokenizer
 from actors.reward.worker import ClassifierReward
 from cluster.faults import RunError
-from learner_helpers import free_port
 from pipeline.encoding.blocks import encode_block
 from pipeline.encoding.encode import comparison_texts, demonstration_texts
 from pipeline.preparation.finetune import Imitation
@@ -40,6 +39,7 @@ from pipeline.tasks.task import Comparison, Demonstration
 from pipeline.training.checkpoints import TrainingCheckpoint
 from pipeline.training.job import HeldoutLoss, TrainingJob, TrainingState
 from pipeline.training.probes import PolicyProbes, RewardProbes
+from ports import free_port
 
 TOKENIZERS = {
     "bytes": tiny_models.byte_tokenizer,
