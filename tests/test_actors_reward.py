@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,7 +233,7 @@ def test_only_action_tokens_after_the_first_are_the_response(worker: Callable[..
     ("poison", "status", "reason"),
     [
         ("raise", "error", "RuntimeError: no such"),
-        ("hang", "timeout", "took longer than reward.timeout_s = 0.2 s"),
+        ("hang", "timeout", "took longer than reward.timeout_s = 1 s"),
         ("nan", "error", "must return finite numbers, got nan"),
         ("huge", "error", "must return finite numbers, got 1e+39"),
         ("none", "error", "must return finite numbers, got nan"),
@@ -241,7 +242,7 @@ def test_only_action_tokens_after_the_first_are_the_response(worker: Callable[..
 def test_one_poisoned_sample_is_charged_alone(
     worker: Callable[..., RewardWorker], poison: str, status: str, reason: str
 ) -> None:
-    report, scores = score(worker("touchy", timeout_s=0.2), ["a", poison, "ccc"])
+    report, scores = score(worker("touchy", timeout_s=1), ["a", poison, "ccc"])
     assert scores["status"] == ["ok", status, "ok"]
     assert scores["reward"][0] == 1.0 and scores["reward"][2] == 3.0
     assert math.isnan(scores["reward"][1]), "a failure must never be a reward that counts"
@@ -282,7 +283,7 @@ def test_the_limit_holds_where_the_function_has_an_alarm_of_its_own(
 ) -> None:
     """And swallows the interruption: what it says after that is not a reward."""
     began = time.monotonic()
-    _, scores = score(worker("verifier", timeout_s=0.5), ["a", poison, "own alarm"])
+    _, scores = score(worker("verifier", timeout_s=1), ["a", poison, "own alarm"])
     assert time.monotonic() - began < 25, "it would hang for 30 s"
     assert scores["status"] == ["ok", "timeout", "ok"]
     assert scores["reward"][0] == 1.0 and math.isnan(scores["reward"][1]) and scores["reward"][2] == 0.0, (
@@ -303,28 +304,40 @@ def test_a_function_that_nothing_can_interrupt_makes_the_process_fall_silent(
     assert moments == [pytest.approx(15, abs=3), math.inf]
 
 
-def test_a_function_that_never_answers_is_not_asked_about_every_sample(worker: Callable[..., RewardWorker]) -> None:
+LIMIT_S = 0.125  # a sum of such numbers is exact
+
+
+@pytest.fixture
+def punctual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two calls the clock says that each took exactly its limit, however late the machine ended it."""
+    clock = SimpleNamespace(monotonic=lambda: LIMIT_S * len(CALLS))
+    monkeypatch.setattr("actors.reward.scoring.time", clock)
+    monkeypatch.setattr("actors.reward.worker.time", clock)
+
+
+def test_a_function_that_never_answers_is_not_asked_about_every_sample(
+    worker: Callable[..., RewardWorker], punctual: None
+) -> None:
     """Once for the batch, then four times its limit; from all over the batch, and nobody waits for the call's own
     deadline.
     """
     CALLS.clear()
     texts = [f"{row:02d}" for row in range(64)]
     began = time.monotonic()
-    report, scores = score(worker("dead", timeout_s=0.1), texts)
+    report, scores = score(worker("dead", timeout_s=LIMIT_S), texts)
     assert time.monotonic() - began < 20, "each of them would sleep 30 s"
     assert CALLS[0] == texts
-    assert CALLS[1:5] == [["00"], ["32"], ["16"], ["48"]]
-    assert len(CALLS) <= 5
+    assert CALLS[1:] == [["00"], ["32"], ["16"], ["48"]]
     assert set(scores["status"]) == {"timeout"}
     assert "was not tried alone" in scores["detail"][1] and "was not tried alone" not in scores["detail"][32]
     assert (report.failed, report.batches_split) == (64, 1)
-    assert report.why_split == "a batch took longer than reward.timeout_s = 0.1 s"
+    assert report.why_split == "a batch took longer than reward.timeout_s = 0.125 s"
 
 
 def test_while_it_answers_now_and_then_it_is_asked_as_long_as_there_is_time(
-    worker: Callable[..., RewardWorker],
+    worker: Callable[..., RewardWorker], punctual: None
 ) -> None:
-    actor = worker("dead", timeout_s=0.1)
+    actor = worker("dead", timeout_s=LIMIT_S)
     report, _ = score(actor, ["late", *"abcdefghi"])
     assert (report.ok, len(report.failures)) == (1, 9)
     CALLS.clear()
@@ -333,7 +346,7 @@ def test_while_it_answers_now_and_then_it_is_asked_as_long_as_there_is_time(
         rollouts(actor, [("p", "late"), *(("p", letter) for letter in "abcdefghi")]), 0, 1, within_s=1.0
     )
     assert time.monotonic() - began < 20
-    assert 2 <= len(CALLS) <= 7, "half of the time is for such calls"
+    assert len(CALLS) == 1 + 5, "the batch, and calls until half of the time is over"
     assert table["status"].to_pylist() == ["ok"] + ["timeout"] * 9
 
 
@@ -392,12 +405,11 @@ def test_outside_the_main_thread_the_function_runs_without_a_limit(worker: Calla
     actor, found = worker("whose_thread"), []
     thread = threading.Thread(target=lambda: found.append(score(actor, ["a"])[1]))
     thread.start()
-    thread.join(10)
+    thread.join(60)
     assert found[0]["reward"] == [0.0] and found[0]["status"] == ["ok"]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(
     ray_session: object, tiny_model: Path
 ) -> None:
@@ -406,7 +418,7 @@ def test_ray_runs_actor_methods_in_the_main_thread_where_a_hang_can_be_ended(
     config = RewardConfig(function="test_actors_reward:hang_in_the_main_thread", timeout_s=0.5)
     local = RewardWorker(config=config, tokenizer_path=str(tiny_model))
     actor: Any = ray.remote(RewardWorker).options(num_cpus=0).remote(config=config, tokenizer_path=str(tiny_model))
-    report, scores = ray.get(actor.score.remote(rollouts(local, [("p", "a"), ("p", "hang")]), 0, 1), timeout=150)
+    report, scores = ray.get(actor.score.remote(rollouts(local, [("p", "a"), ("p", "hang")]), 0, 1), timeout=600)
     ray.kill(actor)
     assert scores["status"].to_pylist() == ["ok", "timeout"]
     assert scores["reward"].to_pylist()[0] == 1.0, "the main thread"

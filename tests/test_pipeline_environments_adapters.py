@@ -280,9 +280,9 @@ def test_a_partner_of_a_user_s_own_that_is_slow_is_a_time_out() -> None:
 
     class Slow:
         def reply(self, lines: Any, random: Random) -> str | None:
-            time.sleep(0.5)
+            time.sleep(8)
             return "Late."
 
-    environment: Lockstep = partner_environment(Slow(), length, timeout_s=0.1)
+    environment: Lockstep = partner_environment(Slow(), length, timeout_s=1)
     episodes, _ = environment.reset([SAD], [0])
-    assert environment.step(episodes, ["Hi"])[0].failure == "timeout: no answer within 0.1 s"
+    assert environment.step(episodes, ["Hi"])[0].failure == "timeout: no answer within 1 s"

@@ -50,7 +50,7 @@ class Echo:
         if reply == "exit":
             sys.exit(3)
         if reply == "wait":
-            time.sleep(4.0)
+            time.sleep(5.0)
         return Turn(text=f"{reply} {self.random.random():.6f}", reward=float(len(reply)), terminated=self.replies == 3)
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ def test_a_conversation_is_the_same_alone_among_others_and_in_any_order() -> Non
     one = together.step(episodes, ["x", "y", "z"])
     two = together.step([episodes[2], episodes[0]], ["z2", "x2"])
 
-    alone = Lockstep(Echo, timeout_s=5)
+    alone = Lockstep(Echo, timeout_s=60)
     alone.reset([prompt("other")], [9])
     [episode], [turn] = alone.reset([prompt("c")], [3])
     assert turn == turns[2]
@@ -103,7 +103,7 @@ def test_a_conversation_is_the_same_alone_among_others_and_in_any_order() -> Non
     assert isinstance(alone, Environment)
 
 
-@pytest.mark.parametrize("timeout_s", [None, 5.0])
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
 def test_what_a_conversation_raises_is_its_own_failure(timeout_s: float | None) -> None:
     environment = Lockstep(Echo, timeout_s)
     episodes, first = environment.reset([prompt(), prompt("broken"), prompt(), prompt()], [0] * 4)
@@ -119,13 +119,13 @@ def test_what_a_conversation_raises_is_its_own_failure(timeout_s: float | None) 
 
 
 def test_a_slow_conversation_times_out_and_costs_the_others_nothing() -> None:
-    environment = Lockstep(Echo, timeout_s=0.2)
+    environment = Lockstep(Echo, timeout_s=1)
     Echo.closed.clear()
     episodes, _ = environment.reset([prompt(), prompt()], [0, 0])
     started = time.monotonic()
     slow, quick = environment.step(episodes, ["wait", "now"])
-    assert time.monotonic() - started < 3.5
-    assert slow.failure == "timeout: no answer within 0.2 s" and slow.reward == 0
+    assert time.monotonic() - started < 4.5
+    assert slow.failure == "timeout: no answer within 1 s" and slow.reward == 0
     assert quick.reward == 3.0 and not quick.over
     environment.close(episodes)
     assert Echo.closed == [episodes[1].conversation]  # the other one is busy
