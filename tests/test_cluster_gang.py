@@ -20,7 +20,7 @@ from cluster.placement import RoleDemand, plan_placement
 from cluster.session import Session
 from cluster.spawn import Spawner
 
-CONFIG = ClusterConfig(ready_timeout_s=30, call_timeout_s=20)
+CONFIG = ClusterConfig(ready_timeout_s=300, call_timeout_s=20)
 
 
 class Rank:
@@ -36,7 +36,7 @@ class Rank:
             with socket.create_server(("", port)) as server:
                 self.peers = [server.accept()[0] for _ in range(self.ranks - 1)]
             return self.rank, len(self.peers)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while True:
             try:
                 self.peers = [socket.create_connection((address, port), timeout=5)]
@@ -57,7 +57,7 @@ class Rank:
                 "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:3456"
             )
         if trouble == "late":
-            time.sleep(1.0)
+            time.sleep(3.0)  # by then its peer has answered
         if trouble == "watchdog":
             os.write(
                 2,
@@ -163,8 +163,8 @@ def test_a_rank_that_nccls_watchdog_ended_is_not_the_one_to_blame(make_gang: Cal
 def test_a_rank_that_hangs_is_named_when_the_call_expires(make_gang: Callable[..., Gang]) -> None:
     gang = make_gang()
     gang.call("start", lambda handle, rank: handle.describe.remote())
-    with pytest.raises(RunError, match=r"policy\[1\] failed during 'update 3'.*\n.*no answer within 0.3 s") as caught:
-        gang.call("update 3", send("", "hang"), timeout_s=0.3)
+    with pytest.raises(RunError, match=r"policy\[1\] failed during 'update 3'.*\n.*no answer within 3 s") as caught:
+        gang.call("update 3", send("", "hang"), timeout_s=3)
     assert caught.value.fault is Fault.EXPIRED
 
 
@@ -219,7 +219,7 @@ def test_close_kills_every_rank(make_gang: Callable[..., Gang]) -> None:
     gang = make_gang()
     pids = [worker.pid for worker in gang.call("start", lambda handle, rank: handle.describe.remote())]
     gang.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank survived"
         time.sleep(0.05)

@@ -104,7 +104,7 @@ class Owner:
 
     def wait(self, count: int) -> None:
         self.pool._pump.run_until(
-            lambda: len(self.found) + len(self.taken_back) == count, timeout_s=45, waiting_for="squares"
+            lambda: len(self.found) + len(self.taken_back) == count, timeout_s=240, waiting_for="squares"
         )
 
 
@@ -159,12 +159,12 @@ def test_a_worker_that_hangs_is_killed_and_replaced(make_pool: Callable[..., Poo
     pool.wait_ready()
     hanging = pool.workers[0].pid
     owner = Owner(pool)
-    owner.submit(3, trouble, timeout_s=0.5)
+    owner.submit(3, trouble, timeout_s=4)  # the second attempt has no longer than the first
     owner.submit(4)
     owner.wait(2)
     assert owner.found == {3: (9, 2), 4: (16, 1)}
     assert pool.replaced == 1
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while (
         Path(f"/proc/{hanging}/cmdline").exists()
         and Path(f"/proc/{hanging}/cmdline").read_text()
@@ -452,7 +452,7 @@ def test_a_pool_goes_on_without_a_worker_that_does_not_get_ready_and_takes_it_in
     owner.submit(3)
     owner.wait(1)
     assert owner.found == {3: (9, 1)}
-    pool._pump.run_until(lambda: len(pool.workers) == 2, timeout_s=30, waiting_for="the second worker")
+    pool._pump.run_until(lambda: len(pool.workers) == 2, timeout_s=240, waiting_for="the second worker")
     assert pool.absent == 0
     assert (
         "squarer[1] did not get ready; the pool goes on with 1 workers and tries again now and then" in caplog.messages

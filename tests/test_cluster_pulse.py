@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,10 +54,6 @@ def spawned(ray_session: Session) -> Any:
     placed.remove()
 
 
-def call(seconds: float, *, hard: bool = False) -> Callable[[Any, int], tuple[Any, ...]]:
-    return lambda worker, attempt: (worker.work.remote(seconds, hard),)
-
-
 @pytest.mark.slow
 def test_a_worker_that_knows_that_it_hangs_gives_no_sign_of_life_and_the_sample_is_found(
     ray_session: Session, spawned: Any
@@ -87,7 +82,7 @@ def test_a_worker_that_knows_that_it_hangs_gives_no_sign_of_life_and_the_sample_
             on_done=lambda pid, data, lost: found.append((pid, dict(lost))),
         ),
     )
-    pump.run_until(lambda: bool(found), timeout_s=60, waiting_for="the work")
+    pump.run_until(lambda: bool(found), timeout_s=240, waiting_for="the work")
     assert found == [(pool.workers[0].pid, {5: "hung its worker"})]
     assert pool.replaced == 3, "over both, and twice over the one"
     pool.close()
@@ -99,12 +94,16 @@ def test_a_stopped_worker_of_a_pool_is_replaced_and_its_work_done(ray_session: S
     pool = Pool("worker", spawned, 1, pump, CONFIG, ray_session.fingerprint)
     pool.start()
     pool.wait_ready()
-    stopped, began = pool.workers[0].pid, time.monotonic()
-    pool.submit(Work(phase="work", send=call(3.0), on_done=lambda pid, data, attempt: pids.append((pid, attempt))))
-    pump.add_tick(
-        lambda: os.kill(stopped, signal.SIGSTOP) if not pids and time.monotonic() < began + 2.5 else None, every_s=0.2
+    stopped = pool.workers[0].pid
+    pool.submit(
+        Work(
+            phase="work",
+            send=lambda worker, attempt: (worker.work.remote(300.0 if attempt == 1 else 0.1),),
+            on_done=lambda pid, data, attempt: pids.append((pid, attempt)),
+        )
     )
-    pump.run_until(lambda: bool(pids), timeout_s=60, waiting_for="the work")
+    pump.later(0.5, lambda: os.kill(stopped, signal.SIGSTOP))
+    pump.run_until(lambda: bool(pids), timeout_s=240, waiting_for="the work")
     pool.close()
     assert pids[0][0] != stopped
     assert pids[0][1] == 2
@@ -126,7 +125,7 @@ def test_a_stopped_gang_of_one_has_no_peer_to_miss_it_and_is_noticed_all_the_sam
     with pytest.raises(RunError) as caught:
         gang.call("work", lambda rank, _: rank.work.remote(0.1))
     assert (caught.value.who, caught.value.fault) == ("worker[0]", Fault.EXPIRED)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 240
     gang.restart()
     gang.connect()
     assert gang.call("work", lambda rank, _: rank.work.remote(0.1)) != [pid]
@@ -144,5 +143,5 @@ def test_a_rank_that_lives_but_does_not_answer_as_its_peers_do_is_named(ray_sess
     with pytest.raises(RunError, match="no answer within 4 s") as caught:
         gang.call("commit", lambda rank, number: rank.work.remote(300.0 if number else 0.1))
     assert (caught.value.who, caught.value.phase, caught.value.fault) == ("worker[1]", "commit", Fault.EXPIRED)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 240
     gang.close()

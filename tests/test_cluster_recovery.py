@@ -25,7 +25,7 @@ from cluster.session import Session
 from cluster.spawn import Spawner
 from cluster.work import Work
 
-CONFIG = ClusterConfig(ready_timeout_s=40, call_timeout_s=30, peer_timeout_s=3)
+CONFIG = ClusterConfig(ready_timeout_s=300, call_timeout_s=90, peer_timeout_s=6)
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +100,7 @@ def make_gang(ray_session: Session, placed: Spawner) -> Iterator[Callable[..., G
 
 def interrupt(gang: Gang, pid: int, number: signal.Signals) -> tuple[RunError, float]:
     """Signal a rank while the ranks reduce: the error, and how long it took."""
-    ticket = gang.begin("update 3", lambda handle, rank: handle.reduce.remote(2000))
+    ticket = gang.begin("update 3", lambda handle, rank: handle.reduce.remote(20_000))
     time.sleep(0.5)
     os.kill(pid, number)
     began = time.monotonic()
@@ -130,14 +130,14 @@ def test_killed_and_stopped_ranks_are_told_by_name_and_the_gang_is_rebuilt_each_
     error, seconds = interrupt(gang, met[0][1][0], signal.SIGKILL)
     assert (error.who, error.phase) == ("policy[1]", "update 3")
     assert error.fault in (Fault.WORKER_LOST, Fault.EXPIRED)  # Ray may take longer to see it than its peer
-    assert seconds < 60
+    assert seconds < 80, "before the deadline of the call"
     met.append(rebuild(gang))
 
     error, seconds = interrupt(gang, met[1][0][0], signal.SIGSTOP)
     assert (error.who, error.phase, error.fault) == ("policy[0]", "update 3", Fault.EXPIRED)
     assert "no answer; its peer policy[1] reports:" in str(error)
-    assert "Timed out waiting 3000ms for" in str(error)
-    assert 2.5 < seconds < 60
+    assert "Timed out waiting 6000ms for" in str(error)
+    assert 5 < seconds < 80
     met.append(rebuild(gang))
 
     results = gang.call("update 3", lambda handle, rank: handle.reduce.remote())
@@ -218,7 +218,7 @@ def test_a_rank_lost_while_idle_fails_the_next_call_and_pool_workers_live_throug
     submit(0.1, naps.append)
     rebuild(gang)
     submit(0.1, naps.append)
-    pump.run_until(lambda: len(naps) == 2, timeout_s=20, waiting_for="naps")
+    pump.run_until(lambda: len(naps) == 2, timeout_s=120, waiting_for="naps")
     assert set(naps) <= {worker.pid for worker in before}
     assert pool.workers == before
     assert pool.replaced == 0

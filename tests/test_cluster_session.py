@@ -43,7 +43,7 @@ class Worker:
         raise ValueError("an error that nobody waits for")
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-config = ClusterConfig(ready_timeout_s=60)
+config = ClusterConfig(start_timeout_s=300)
 with Session(config, Path(sys.argv[1]), packages=("cluster",), local_cpus=3) as session:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     nodes = session.nodes()
@@ -54,10 +54,10 @@ with Session(config, Path(sys.argv[1]), packages=("cluster",), local_cpus=3) as 
     pool.start()
     send = lambda handle, attempt: (handle.work.remote(attempt),)
     pool.submit(Work(phase="work", send=send, on_done=lambda pid, data, attempt: pids.append(pid)))
-    pump.run_until(lambda: bool(pids), timeout_s=60, waiting_for="the work")
+    pump.run_until(lambda: bool(pids), timeout_s=300, waiting_for="the work")
     stray = placed.spawn(Worker, "worker", 1)
     failed = stray.fail.remote()
-    assert ray.wait([failed], timeout=30)[0]
+    assert ray.wait([failed], timeout=300)[0]
     del failed
     placed.remove()
     temp_dir = ray._private.worker._global_node.get_temp_dir_path()
@@ -83,13 +83,13 @@ def running(log_dir: Path, **environment: str) -> Iterator[list[str]]:
     with subprocess.Popen(
         command, env=_without_ray() | environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
     ) as process:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while process.poll() is None and not (log_dir / "seen").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         try:
             assert (log_dir / "seen").exists(), process.communicate(timeout=30)
             yield (log_dir / "seen").read_text().split("\n")
-            stdout, stderr = process.communicate(input="\n", timeout=60)
+            stdout, stderr = process.communicate(input="\n", timeout=250)
         finally:
             process.kill()
     assert (stdout, stderr, process.returncode) == ("end of the run\n", "", 0)

@@ -52,7 +52,7 @@ def placed(ray_session: Session) -> Iterator[Spawner]:
 
 
 def get(ref: Any) -> Any:
-    return ray.get(ref, timeout=30)
+    return ray.get(ref, timeout=300)
 
 
 def test_a_plain_class_becomes_an_actor_with_its_process_settled(placed: Spawner, ray_session: Session) -> None:

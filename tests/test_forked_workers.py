@@ -34,7 +34,7 @@ class Process:
 def test_a_worker_is_forked_and_has_what_ray_gave_it(given: str | None, ray_session: Session) -> None:
     options: dict[str, Any] = {"runtime_env": {"env_vars": {"GIVEN": given}}} if given else {}
     handle: Any = ray.remote(Process).options(num_cpus=0, **options).remote()
-    assert ray.get(handle.tell.remote(), timeout=60) == {
+    assert ray.get(handle.tell.remote(), timeout=300) == {
         "parent": ["forked_workers.py"],
         "own": set(),
         "torch": True,
