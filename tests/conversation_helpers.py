@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from actors.config import (
     CriticConfig,
@@ -32,6 +39,10 @@ from pipeline.assembly.assembly import Assembly, assemble
 from pipeline.assembly.report import AssemblyReport
 from pipeline.config.run_config import RunConfig
 from pipeline.config.sections import BatchConfig, EvaluationConfig, FinetuneConfig, ModelConfig
+from pipeline.observe.metrics import StepMetrics
+from pipeline.observe.observer import Observer
+from run_helpers import pid_of
+from talk_helpers import held
 
 Talk = dict[str, Any]
 
@@ -191,6 +202,36 @@ def recipe(model: Path, environment: str = "Mirror", **changes: Any) -> RunConfi
         policy=LearnerConfig(learning_rate=1e-3),
         critic=CriticConfig(learning_rate=1e-3),
         evaluation=EvaluationConfig(prompts=4, samples=2, best_of=2),
-        cluster=ClusterConfig(cpus_per_bundle=1, peer_timeout_s=10),
+        cluster=ClusterConfig(cpus_per_bundle=1, peer_timeout_s=60),
     )
     return config.model_copy(update=changes)
+
+
+@contextmanager
+def killed_in_conversation(run_dir: Path, who: str, after_step: int) -> Iterator[None]:
+    """Inside, a process of a run in an environment that is `Held` is killed while the conversations of the step after
+    that one are in their second turn.
+    """
+    write, killings = Observer.step, list[threading.Thread]()
+
+    def kill() -> None:
+        while not (held() / "waits").is_file():
+            time.sleep(0.02)
+        os.kill(pid_of(run_dir, who), signal.SIGKILL)
+        shutil.rmtree(held())
+
+    def step_and_kill(self: Observer, metrics: StepMetrics) -> None:
+        write(self, metrics)
+        if metrics.step == after_step and not killings:
+            held().mkdir()
+            killings.append(threading.Thread(target=kill, daemon=True))
+            killings[0].start()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Observer, "step", step_and_kill)
+        try:
+            yield
+        finally:
+            shutil.rmtree(held(), ignore_errors=True)
+    killings[0].join(60)
+    assert not killings[0].is_alive(), "nothing was killed"

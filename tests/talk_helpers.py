@@ -6,10 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from forked_workers import FOLDER
 from pipeline.environments.environment import Turn
 from pipeline.tasks.task import Demonstration, PromptText, Split
 
@@ -75,10 +77,22 @@ class Picky(Mirror):
         return ("soft", "loud", "short")[turn % 3 :]
 
 
-class Slow(Mirror):
-    """The same, so slow that a worker can be killed in the middle."""
+def held() -> Path:
+    """A folder that tests and Ray's workers know: while it is there, `Held` waits in it."""
+    return Path(os.environ[FOLDER], "held")
 
-    pause_s = 0.02
+
+class Held(Mirror):
+    """The same, but it waits in a second turn while it is told to, so that a process can be killed in the middle of
+    conversations, however fast the machine is.
+    """
+
+    def step(self, episodes: Sequence[Any], replies: Sequence[str]) -> list[Turn]:
+        while held().is_dir() and any(episode["turns"] for episode in episodes):
+            with suppress(OSError):  # it was let go this very moment
+                (held() / "waits").touch()
+            time.sleep(0.02)
+        return super().step(episodes, replies)
 
 
 class Deadly(Mirror):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +15,15 @@ from actors.experience import Experience
 from cluster.config import ClusterConfig
 from cluster.faults import RunError
 from cluster.session import Session
-from conversation_helpers import acting, assembled, recipe, talk
+from conversation_helpers import acting, assembled, killed_in_conversation, recipe, talk
 from entry_point import raylign
 from pipeline.algorithms.grpo import GRPO
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.reinforce import Reinforce
 from pipeline.algorithms.shaping import ShapingConfig
 from pipeline.config.recipe import load
-from pipeline.observe.metrics import StepMetrics
-from pipeline.observe.observer import Observer
 from pipeline.run.start import resume, run_stages
-from run_helpers import ROOT, assert_same, final_commit, metrics_of, pid_of, quiet
+from run_helpers import ROOT, assert_same, final_commit, metrics_of, quiet
 
 # ---- the experience of conversations, against slow loops ----
 
@@ -155,16 +150,9 @@ def test_resumed_from_the_commit_in_the_middle_it_is_the_same_to_the_bit(whole: 
 def test_a_rollout_worker_killed_in_the_middle_of_conversations_changes_no_bit(
     whole: Path, model: Path, tmp_path: Path
 ) -> None:
-    run_dir, write = tmp_path / "run", Observer.step
-
-    def step_and_kill(self: Observer, metrics: StepMetrics) -> None:
-        write(self, metrics)
-        if metrics.step == 0:
-            threading.Timer(0.3, lambda: os.kill(pid_of(run_dir, "rollout[0]"), signal.SIGKILL)).start()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Observer, "step", step_and_kill)
-        run_stages(recipe(model, "Slow"), run_dir, quiet())
+    run_dir = tmp_path / "run"
+    with killed_in_conversation(run_dir, "rollout[0]", after_step=0):
+        run_stages(recipe(model, "Held"), run_dir, quiet())
     assert final_commit(run_dir).state.ledger.reissued > 0, "it died while it had work"
     assert_same(run_dir, whole, reissued=True)
 

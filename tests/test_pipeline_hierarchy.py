@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from actors.experience import Experience, Rollouts
 from actors.manager.turns import Turns
 from actors.models.option_names import TRAINED_HEAD
 from cluster.session import Session
-from conversation_helpers import acting, assembled, talk
+from conversation_helpers import acting, assembled, killed_in_conversation, talk
 from conversation_helpers import recipe as flat_recipe
 from entry_point import raylign
 from pipeline.algorithms.ppo import PPO
@@ -31,11 +28,9 @@ from pipeline.cli import main
 from pipeline.config.recipe import load
 from pipeline.config.run_config import RunConfig
 from pipeline.config.sections import EvaluationConfig
-from pipeline.observe.metrics import StepMetrics
-from pipeline.observe.observer import Observer
 from pipeline.run import replay
 from pipeline.run.start import resume, run_stages
-from run_helpers import ROOT, assert_same, final_commit, metrics_of, pid_of, quiet
+from run_helpers import ROOT, assert_same, final_commit, metrics_of, quiet
 
 OPTIONS = ("soft", "loud", "short")
 
@@ -154,17 +149,9 @@ def test_a_replay_finds_what_was_recorded_to_the_bit(whole: Path, capfd: pytest.
 def test_killed_in_the_middle_of_conversations_changes_no_bit(
     whole: Path, model: Path, tmp_path: Path, who: str
 ) -> None:
-    run_dir, write = tmp_path / "run", Observer.step
-
-    def step_and_kill(self: Observer, metrics: StepMetrics) -> None:
-        write(self, metrics)
-        if metrics.step == 1 and not (run_dir / "killed").exists():
-            (run_dir / "killed").touch()
-            threading.Timer(0.3, lambda: os.kill(pid_of(run_dir, who), signal.SIGKILL)).start()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Observer, "step", step_and_kill)
-        run_stages(recipe(model, "Slow"), run_dir, quiet())
+    run_dir = tmp_path / "run"
+    with killed_in_conversation(run_dir, who, after_step=1):
+        run_stages(recipe(model, "Held"), run_dir, quiet())
     assert_same(run_dir, whole, reissued=True)
     assert metrics_of(run_dir)[-1]["incident/rolled_back" if who == "manager[0]" else "incident/replaced_workers"] == 1
 
