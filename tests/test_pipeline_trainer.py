@@ -55,10 +55,10 @@ from pipeline.tasks.task import Comparison, Split
 from pipeline.tasks.walks import RandomWalks, optimality
 from pipeline.training.checkpoints import TrainingCheckpoints
 from pipeline.training.events import Event, Phase
-from pipeline.training.job import HeldoutLoss, TrainingJob, TrainingState
+from pipeline.training.job import HeldoutLoss, Record, TrainingJob, TrainingState
 from pipeline.training.reservations import Reservations, hold
 from pipeline.training.supervisor import explain_loss
-from pipeline.training.trainer import Follower, claim, fit
+from pipeline.training.trainer import Follower, _Curves, claim, fit
 from pipeline.training.training_loop import TrainingLoop
 from pipeline.training.worker import LOADING, START, TrainingSetup, as_run_error
 
@@ -80,7 +80,7 @@ def recipe(**finetuning: Any) -> RunConfig:
         ),
         batch=BatchConfig(max_prompt_tokens=1),
         sampling=SamplingConfig(max_new_tokens=9),
-        cluster=ClusterConfig(cpus_per_bundle=1, peer_timeout_s=20, call_timeout_s=120),
+        cluster=ClusterConfig(cpus_per_bundle=1, peer_timeout_s=60, call_timeout_s=300),
     )
 
 
@@ -152,19 +152,38 @@ def _pids() -> Iterator[None]:
 
 @contextmanager
 def when(folder: Path, done: int, act: Callable[[], None]) -> Iterator[None]:
-    """Inside, `act` is called once so many records are there."""
+    """Inside, `act` is called once, as soon as the driver has written so many records: a thread that looks at the
+    file now and then may come too late, when the training is over.
+    """
+    add, acted = _Curves.add, list[int]()
 
-    def wait() -> None:
-        metrics = folder / "metrics.jsonl"
-        while not metrics.is_file() or metrics.read_text().count("\n") < done:
-            time.sleep(0.02)
-        act()
+    def add_and_act(self: _Curves, record: Record) -> None:
+        add(self, record)
+        if not acted and len(curve(folder)) >= done:
+            acted.append(done)
+            act()
 
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    yield
-    thread.join(timeout=60)
-    assert not thread.is_alive()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Curves, "add", add_and_act)
+        yield
+    assert acted
+
+
+@contextmanager
+def once_asked(act: Callable[[], None]) -> Iterator[None]:
+    """Inside, `act` is called once the driver has asked the workers to stop."""
+    check, acted = Follower.check_signals, list[Follower]()
+
+    def check_and_act(self: Follower) -> None:
+        check(self)
+        if self._is_asked_to_stop and not acted:
+            acted.append(self)
+            act()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Follower, "check_signals", check_and_act)
+        yield
+    assert acted
 
 
 def kill(who: str, number: int = signal.SIGKILL) -> None:
@@ -172,9 +191,13 @@ def kill(who: str, number: int = signal.SIGKILL) -> None:
 
 
 def interrupt() -> None:
-    """Ctrl-C, with the worker stopped for a moment, so that it cannot have done by the time the driver hears of it."""
+    """Ctrl-C, with the worker stopped, so that it cannot have done by the time that it is asked to stop."""
     kill("sft[0]", signal.SIGSTOP)
     signal.raise_signal(signal.SIGINT)
+
+
+def go_on() -> None:
+    """Once the supervisor has heard of the signal."""
     time.sleep(0.5)
     kill("sft[0]", signal.SIGCONT)
 
@@ -193,7 +216,7 @@ def await_end(cpus: float, who: str = "") -> None:
     """Nothing of the training runs on: the worker's process is gone, and what Ray lent the training is back."""
     import ray
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while (who and Path(f"/proc/{PIDS.found[who]}").exists()) or ray.available_resources()["CPU"] < cpus:
         assert time.monotonic() < deadline, running()
         time.sleep(0.1)
@@ -252,6 +275,7 @@ def test_a_killed_worker_and_an_interrupted_driver_change_no_bit(whole: Path, tm
         StopRequest() as stop,
         when(folder, 1, lambda: kill("sft[0]")),
         when(folder, 3, interrupt),
+        once_asked(go_on),
         pytest.raises(StopNow) as left,
     ):
         tuned(tmp_path, config)
@@ -473,6 +497,7 @@ def test_a_worker_that_is_lost_too_often_ends_the_training(ray_session: Session,
     seen = []
 
     def end() -> None:
+        kill("sft[0]", signal.SIGSTOP)
         seen.append(running())
         kill("sft[0]")
 
@@ -498,13 +523,14 @@ def test_a_second_signal_ends_a_training_at_once(ray_session: Session, tmp_path:
 
     cpus = ray.available_resources()["CPU"]
 
-    def insist() -> None:
+    def ask() -> None:
         kill("sft[0]", signal.SIGSTOP)  # so that it cannot checkpoint first
-        for _ in range(2):
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(0.5)
+        signal.raise_signal(signal.SIGTERM)
 
-    with StopRequest(), when(tmp_path / "sft", 1, insist), pytest.raises(StopNow) as left:
+    def insist() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with StopRequest(), when(tmp_path / "sft", 1, ask), once_asked(insist), pytest.raises(StopNow) as left:
         tuned(tmp_path, recipe())
     assert str(left.value) == ""
     await_end(cpus, "sft[0]")
@@ -518,7 +544,7 @@ def test_a_training_that_ends_while_it_waits_for_room_asks_for_none_later(ray_se
 
     before = own_groups()
     everything = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
-    assert everything.wait(60)
+    assert everything.wait(300)
 
     def stop() -> None:
         while len(own_groups() - before) < 2:
@@ -565,7 +591,7 @@ def test_a_training_that_finds_no_room_says_so(whole: Path, tmp_path: Path) -> N
     from ray.util.placement_group import placement_group, remove_placement_group
 
     everything = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
-    assert everything.wait(60)
+    assert everything.wait(300)
     config = ClusterConfig(cpus_per_bundle=1, place_timeout_s=1, max_rebuilds=0)
     told = r"cluster failed during 'placement': no room for 1 worker\(s\) of the sft training\. Other jobs hold"
     try:
