@@ -47,10 +47,12 @@ def run(session: Session, folder: Path, length: int) -> float:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    packages = ("cluster", "actors", "pipeline")
+    packages, patient = ("cluster", "actors", "pipeline"), ClusterConfig(address="local", start_timeout_s=300)
     with (
         forked_workers(),
-        Session(ClusterConfig(address="local"), folder / "log", packages=packages, local_cpus=8) as session,
+        Session(
+            ClusterConfig(address="local", start_timeout_s=300), folder / "log", packages=packages, local_cpus=8
+        ) as session,
     ):
         once = run(session, folder / "once", length=300)
         tenfold = run(session, folder / "tenfold", length=3000)

@@ -57,7 +57,7 @@ def recipe(**changes: Any) -> RunConfig:
         policy=LearnerConfig(learning_rate=1e-3),
         critic=CriticConfig(learning_rate=1e-3),
         evaluation=EvaluationConfig(prompts=4),
-        cluster=ClusterConfig(cpus_per_bundle=1, peer_timeout_s=10),
+        cluster=ClusterConfig(cpus_per_bundle=1, start_timeout_s=300, peer_timeout_s=60),
     )
     return config.model_copy(update=changes)
 
@@ -146,18 +146,18 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
-def await_log(run_dir: Path, text: str, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+def await_log(run_dir: Path, text: str, process: subprocess.Popen[str], timeout_s: float = 600) -> None:
     """Wait for a line in the run's log."""
     await_that(lambda: says(run_dir / "log" / "driver.log", text), process, timeout_s)
 
 
-def await_that(holds: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 200) -> None:
+def await_that(holds: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 600) -> None:
     """Wait for something while a process runs."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"it has not come within {timeout_s} s"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def says(file: Path, text: str) -> bool:

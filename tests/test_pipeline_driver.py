@@ -89,7 +89,7 @@ def test_a_dead_rollout_worker_is_replaced_and_nothing_changes(
 
 @pytest.mark.slow
 def test_a_hanging_reward_worker_is_expired_and_replaced(ray_session: Session, tmp_path: Path) -> None:
-    with fake_driver(ray_session, config(call_timeout_s=10), tmp_path, hang_at=str(tmp_path / "hung")) as driver:
+    with fake_driver(ray_session, config(call_timeout_s=20), tmp_path, hang_at=str(tmp_path / "hung")) as driver:
         driver.run(tmp_path / "policy")
         assert driver.roles.reward.replaced == 1
     assert trained(tmp_path) == list(range(36))
@@ -313,7 +313,7 @@ def test_no_token_passes_through_the_driver(tmp_path: Path) -> None:
         [sys.executable, str(ROOT / "tests" / "driver_memory.py"), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
         env=environment,
     )
     assert out.returncode == 0, out.stderr[-2000:]
@@ -451,7 +451,7 @@ def test_a_stop_does_not_wait_for_rollouts(ray_session: Session, tmp_path: Path)
         started = time.monotonic()
         with pytest.raises(Stopped) as stopped:
             driver.run(run_dir / "policy")
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 300, "the reward would sleep for 600 s"
     assert (stopped.value.number, stopped.value.step) == (signal.SIGINT, 1)
     with fake_driver(ray_session, config(steps=5), run_dir) as driver:
         driver.run(run_dir / "policy")

@@ -453,7 +453,7 @@ def test_two_models_from_end_to_end_with_one_examiner_and_with_two(
                 env=environment(),
                 capture_output=True,
                 text=True,
-                timeout=200,
+                timeout=600,
             )
             assert (done.returncode, done.stderr) == (0, ""), done.stderr
         else:

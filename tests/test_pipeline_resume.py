@@ -255,7 +255,7 @@ def test_sigterm_then_kill_9_then_the_end_by_the_command_line(whole: Path, tmp_p
     with subprocess.Popen(start, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
         await_log(run_dir, "committed step=00000001", process)
         process.terminate()
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=250)
     assert process.returncode == 143
     assert re.fullmatch(
         rf"raylign: stopped by SIGTERM after step [123] of 4, which is committed; to go on: raylign resume {run_dir}\n",
@@ -266,9 +266,9 @@ def test_sigterm_then_kill_9_then_the_end_by_the_command_line(whole: Path, tmp_p
     ) as process:
         await_log(run_dir, "epoch 2 begins at step", process)
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=250)
     out = subprocess.run(
-        forked_command("resume", str(run_dir)), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
+        forked_command("resume", str(run_dir)), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
     )
     assert out.returncode == 0, out.stderr
     assert out.stderr == ""

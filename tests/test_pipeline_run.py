@@ -274,7 +274,7 @@ def stopped_once(has_begun: Callable[[], bool], *arguments: str) -> tuple[str, s
     with process:
         await_that(has_begun, process)
         process.terminate()
-        out, err = process.communicate(timeout=250)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 143, err
     return out, err
 
@@ -287,9 +287,10 @@ def test_the_whole_chain_by_the_command_line_is_stopped_while_it_compares_learns
     """
     run_dir = tmp_path / "run"
     small = "--steps 2 --batch.prompts 16 --model.layers 1 --model.width 32 --critic.start reward"
+    patient = "--cluster.start-timeout-s 300"
     tuned = "--finetune.epochs 1 --finetune.batch-size 64 --finetune.checkpoint-every 1000"
     shorter = "--sampling.max-new-tokens 16 --evaluation.prompts 12 --evaluation.samples 1 --evaluation.best-of 2"
-    reward_model = "--reward-model.epochs 1 --reward-model.checkpoint-every 2 --reward-model.samples 4"
+    reward_model = "--reward-model.epochs 1 --reward-model.checkpoint-every 1 --reward-model.samples 4"
     log, learned, again = (
         run_dir / "log" / "driver.log",
         run_dir / "reward" / "metrics.jsonl",
@@ -298,6 +299,7 @@ def test_the_whole_chain_by_the_command_line_is_stopped_while_it_compares_learns
     start = (
         "quickstart",
         *small.split(),
+        *patient.split(),
         *tuned.split(),
         *shorter.split(),
         *reward_model.split(),
@@ -326,7 +328,7 @@ def test_the_whole_chain_by_the_command_line_is_stopped_while_it_compares_learns
     assert said == f"raylign: stopped by SIGTERM during 'evaluate' (kept: {kept}){again}"
 
     end = subprocess.run(
-        command("resume", str(run_dir)), capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment()
+        command("resume", str(run_dir)), capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment()
     )
     assert (end.returncode, end.stderr) == (0, ""), "nothing of Ray's or DeepSpeed's reaches the terminal"
     for line in (
@@ -413,7 +415,7 @@ def test_prompts_a_reward_and_an_algorithm_run_to_the_end_and_the_run_is_extende
 
     def raylign(*arguments: str, cwd: Path) -> str:
         users = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
-        said = subprocess.run([installed, *arguments], cwd=cwd, env=users, capture_output=True, text=True, timeout=280)
+        said = subprocess.run([installed, *arguments], cwd=cwd, env=users, capture_output=True, text=True, timeout=600)
         assert (said.returncode, said.stderr) == (0, ""), said.stdout[-2000:] + said.stderr[-2000:]
         return said.stdout
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_outside_the_main_thread_it_only_stands_by() -> None:
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=inside)
     thread.start()
-    thread.join(10)
+    thread.join(60)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -210,7 +211,7 @@ def talk(shell: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "TALK": TALK, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -232,7 +233,7 @@ def test_a_console_that_cannot_show_a_character_shows_another() -> None:
 
 TINY = [
     "--finetune.epochs",
-    "300",
+    "3000",  # an end that the fastest machine is far from when it is stopped
     "--finetune.early-stop",
     "false",
     "--finetune.checkpoint-every",
@@ -270,11 +271,22 @@ def stopped(number: signal.Signals, arguments: list[str], when: str) -> tuple[in
         assert any(re.match(when, line) for line in process.stdout), err.seek(0) or err.read()
         (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
         process.communicate(timeout=250)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        deadline = time.monotonic() + 60  # agents of Ray end by themselves once they see that it is gone
+        while has_processes(process.pid):
+            assert time.monotonic() < deadline, "a process is left"
+            time.sleep(0.05)
         assert os.listdir(short) == []
         err.seek(0)
         return process.returncode, err.read()
+
+
+def has_processes(group: int) -> bool:
+    """Whether a process of this group lives."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow
@@ -284,9 +296,9 @@ def test_a_run_is_stopped_at_its_start_and_in_fine_tuning_and_says_how_to_go_on(
     again = f"to go on: raylign resume '{run_dir}'\n"
     code, said = stopped(signal.SIGHUP, ["sft", "walks", *TINY, "--run-dir", str(run_dir)], r"start Ray \.\.\.")
     assert (code, said) == (129, f"raylign: stopped by SIGHUP during 'start Ray'; {again}")
-    code, said = stopped(signal.SIGTERM, ["resume", str(run_dir)], r"fine-tune \d+/600 .* loss")
+    code, said = stopped(signal.SIGTERM, ["resume", str(run_dir)], r"fine-tune \d+/6000 .* loss")
     told = re.fullmatch(
-        r"raylign: stopped by SIGTERM after update (\d+) of 4800 of 'fine-tune', which is checkpointed; (.*\n)", said
+        r"raylign: stopped by SIGTERM after update (\d+) of 48000 of 'fine-tune', which is checkpointed; (.*\n)", said
     )
     assert told, said
     assert (code, told[2]) == (143, again)
