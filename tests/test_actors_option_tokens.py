@@ -59,8 +59,11 @@ def test_old_tokens_stay_and_new_ones_have_the_mean_of_the_old(before: Path, tmp
         assert torch.equal(has[list(ids)], had[:words].double().mean(0).float().expand(3, -1))
         assert torch.equal(has[words + 3 :], had[words + 3 :]), "padding stays"
     tokens = torch.arange(20)[None] * 7 % words
-    had, has = (model(tokens).logits[..., :words] for model in models)
+    had, has = (model.base_model(tokens).last_hidden_state for model in models)
     assert torch.equal(had, has)
+    # a product with more columns may be summed in another order, as the CPU's library likes
+    had, has = (model(tokens).logits[..., :words] for model in models)
+    torch.testing.assert_close(has, had, rtol=1e-5, atol=1e-5)
     assert models[1].generation_config.suppress_tokens == list(ids)
 
 
