@@ -94,12 +94,14 @@ class Pump:
                 del self._watched[ref]
                 watched.on_error(Expired(watched.who, watched.phase, silent_s))
 
-    def lose(self, who: str, cause: str) -> None:
-        """Fail all unanswered calls of a worker whose node is gone."""
-        for ref in [ref for ref, watched in self._watched.items() if watched.who == who]:
+    def lose(self, who: str, cause: str) -> int:
+        """Fail all unanswered calls of a worker whose node is gone; returns their number."""
+        running = [ref for ref, watched in self._watched.items() if watched.who == who]
+        for ref in running:
             watched = self._watched.pop(ref, None)
             if watched is not None:  # else a callback before it has forgotten it
                 watched.on_error(RunError(who, watched.phase, cause, fault=Fault.WORKER_LOST))
+        return len(running)
 
     def patient(self, within_s: float) -> None:
         """Let a wait that is going on last so long from now, whatever its own deadline: for a node that must come."""

@@ -248,9 +248,13 @@ class Gang:
         """The node of a rank will leave. The owner moves the gang, between two steps."""
 
     def vacate(self, index: int, *, lost: bool) -> None:
-        """The seat of a rank has no node any more; lost: a call that it was in has failed."""
-        if lost:
-            self._pump.lose(f"{self.role}[{index}]", "its node is gone")
+        """The seat of a rank has no node any more; lost: a call that it was in has failed.
+
+        Raises RunError if it was in none, so that the owner need not wait for its next call to hear of it.
+        """
+        who, cause = f"{self.role}[{index}]", "its node is gone"
+        if lost and self._handles and not self._pump.lose(who, cause):
+            raise RunError(who, "waiting for its next call", cause, fault=Fault.WORKER_LOST)
 
     def _call_start(self, phase: str, send: Callable[[Any, int], ObjectRef[Any]]) -> list[Any]:
         try:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cluster.faults import RunError
 from cluster.nodes import Nodes
 from cluster.placement import Placement
 
@@ -41,7 +42,10 @@ class Tenant(Protocol):
         """Its node will leave: send it no more work, as long as others are there."""
 
     def vacate(self, index: int, *, lost: bool) -> None:
-        """Its seat has no node any more: end the worker, and do its work again. lost: not by plan."""
+        """Its seat has no node any more: end the worker, and do its work again. lost: not by plan.
+
+        Raises RunError when its owner must know at once.
+        """
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -157,7 +161,7 @@ class Seats:
     # ---- what happens to nodes ----
 
     def tick(self) -> None:
-        """Look at the cluster, and act on what has changed."""
+        """Look at the cluster, and act on what has changed. Raises what a tenant raises whose node is gone."""
         used = {node for seat in self._all() for node in seat.nodes.values()}
         if not self.nodes.look(used):
             return
@@ -307,9 +311,11 @@ class Seats:
         """A node is gone: whoever sat there is lost. Outside the core the bundle is asked for anew at once."""
         log.warning("node %s is gone, and with it %s", self.nodes.name(node), self._names(bundle))
         seat.nodes.pop(bundle)
-        self._tell(bundle, lambda tenant, index: tenant.vacate(index, lost=True))
-        if seat is not self._core:
-            self._move(seat)
+        try:
+            self._tell(bundle, lambda tenant, index: tenant.vacate(index, lost=True))
+        finally:
+            if seat is not self._core:
+                self._move(seat)
 
     def _consider_leaving(self, seat: _Seat) -> None:
         leaving = [node for node in seat.nodes.values() if node in self.nodes.draining]
@@ -351,9 +357,16 @@ class Seats:
         seat.group, seat.next, seat.nodes, seat.leaves_by = None, None, {}, math.inf
 
     def _tell(self, bundle: int, what: Callable[[Tenant, int], None]) -> None:
+        """Tell everybody who sits there, then raise what the first of them has raised."""
+        errors = []
         for slot in self.placement.in_bundle(bundle):
-            if slot.role in self._tenants:
-                what(self._tenants[slot.role], slot.index)
+            try:
+                if slot.role in self._tenants:
+                    what(self._tenants[slot.role], slot.index)
+            except RunError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _names(self, bundle: int) -> str:
         return ", ".join(f"{slot.role}[{slot.index}]" for slot in self.placement.in_bundle(bundle)) or "an empty seat"

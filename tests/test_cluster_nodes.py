@@ -138,3 +138,39 @@ def ledger(run: Run) -> dict[str, float]:
     """Its account after the last step."""
     last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
     return {name.removeprefix("ledger/"): value for name, value in last.items() if name.startswith("ledger/")}
+
+
+@pytest.mark.slow
+def test_learners_go_on_elsewhere_when_their_node_is_gone_or_about_to_leave(quiet: bytes, tmp_path: Path) -> None:
+    """The head holds the driver alone."""
+    with cluster(0, notice_s=120) as nodes:
+        first, second = nodes.add(2), nodes.add(2)
+        run = Run(tmp_path, nodes.environment)
+        at = run.await_line("step .* is done")
+        learners, worker = (first, second) if f"on {first.ip}" in ready(run, "policy[0]") else (second, first)
+        assert f"on {worker.ip}" in ready(run, "rollout[1]")
+        with run.held() as at:
+            learners.kill()
+            # no node is free, so the other workers make room
+            at = run.await_line(r"policy\[0\] failed during .*; back to step \d+, recovered in", at)
+            assert f"on {worker.ip}" in ready(run, "policy[0]")
+            third = nodes.add(2)
+            at = run.await_line(rf"rollout\[1\] ready: pid \d+ on {third.ip}", at)
+        at = run.await_line("step .* is done", at)
+        with run.held() as at:
+            worker.drain()
+            at = run.await_line(rf"node \w+ \({worker.ip}\) is about to leave, and with it policy", at)
+            fourth = nodes.add(2)
+        at = run.await_line(r"the learners' node is about to leave; back to step \d+", at)
+        assert f"on {fourth.ip}" in ready(run, "policy[0]")
+        log = run.end()
+    assert run.weights == quiet
+    account = ledger(run)
+    assert account["issued"] == account["trained"] == 24 * 8
+    (moved,) = re.findall(r"INFO the learners' node is about to leave; back to step (\d+)", log)
+    assert f"step {int(moved) - 1} is done" in log, "what was done was committed first"
+
+
+def ready(run: Run, who: str) -> str:
+    """The last line that says where a process is."""
+    return [line for line in run.log.splitlines() if f"{who} ready: " in line][-1]

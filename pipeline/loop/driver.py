@@ -100,8 +100,13 @@ class Driver:
             self.restore(commit)
         except RunError as error:
             self.recover(error)
-        for pool in self.roles.pools:
-            pool.wait_ready()
+        while True:
+            try:
+                for pool in self.roles.pools:
+                    pool.wait_ready()
+                return
+            except RunError as error:  # learners that are lost meanwhile; for a pool there is no recovery
+                self.recover(error)
 
     def run(self, export_to: Path) -> None:
         """Do every remaining step, then export the policy.
