@@ -39,6 +39,15 @@ class ClusterConfig(Config):
     nodes. Decided once, at the start of the run.
     """
 
+    storage: str = ""
+    """URL of a folder to which the run folder is copied after each commit and stage, such as s3://bucket/runs/first.
+
+    From there the run can go on anywhere. Empty: the run folder alone. Credentials never belong here.
+    """
+
+    storage_timeout_s: Seconds = 300.0
+    """Longest time in which the storage must take or give one file, all attempts together, in seconds."""
+
     start_timeout_s: Seconds = 60.0
     """Longest wait for Ray itself to start or answer, in seconds."""
 

@@ -1,14 +1,15 @@
 """A folder whose files survive: each is written whole, flushed to the disk and checksummed.
 
 Local folders and, through fsspec, any filesystem that it knows (`s3://`, `gs://`, `memory://`). Locally a file appears
-by an atomic rename; on an object store an upload is atomic in itself. Left out: the meaning of the files, and retries,
-which fsspec's filesystems have of their own.
+by an atomic rename; on an object store an upload is atomic in itself. Left out: the meaning of the files, and retries
+(`remote.py`).
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 import time
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cluster.filesystems import filesystem_of, has_folders, sizes_below
 
 _BLOCK = 1 << 24  # bytes read at once for a checksum
 _LOOK_S = 0.2  # between two looks for a file that another machine has written
@@ -40,12 +43,11 @@ class Folder:
     """A folder by path or URL, created when the first file is written into it."""
 
     def __init__(self, url: str | Path) -> None:
-        from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
 
         self.url = str(url)
         self._fs: Any
-        self._fs, self._root = url_to_fs(self.url)
+        self._fs, self._root = filesystem_of(self.url)
         self.is_local = isinstance(self._fs, LocalFileSystem)
 
     def folder(self, name: str) -> Folder:
@@ -84,8 +86,7 @@ class Folder:
                 draft = Path(folder) / "file"
                 write(draft)
                 stored = _flushed(draft, name)
-                self._fs.makedirs(self._root, exist_ok=True)
-                self._fs.put_file(str(draft), self._path(name))
+                self.copy_in(draft, name)
             return stored
         target = Path(self._path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +99,31 @@ class Folder:
             draft.unlink(missing_ok=True)
         _flush_folder(target.parent)
         return stored
+
+    def copy_in(self, path: Path, name: str) -> StoredFile:
+        """Copy a local file to here; returns what was copied, which a file that grows meanwhile exceeds."""
+        if self.is_local:
+            return self.write_file(name, lambda draft: shutil.copyfile(path, draft))
+        with path.open("rb") as source:
+            self._make_folder_of(name)
+            with self._fs.open(self._path(name), "wb") as target:
+                size, checksum = _copy(source, target, os.fstat(source.fileno()).st_size)
+        return StoredFile(name=name, size=size, checksum=checksum)
+
+    def copy_out(self, name: str, path: Path) -> StoredFile:
+        """Copy a file to a local path, where it appears whole or not at all; returns what was copied."""
+
+        def fetch(draft: Path) -> None:
+            with self._fs.open(self._path(name), "rb") as source, draft.open("wb") as target:
+                _copy(source, target)
+
+        return Folder(path.parent).write_file(path.name, fetch)
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """Name -> bytes of every file in a folder in this one and below it; empty if there is none."""
+        root = self._root.strip("/")
+        found = sizes_below(self._fs, self._path(below).rstrip("/"))
+        return {path.strip("/")[len(root) + 1 :]: size for path, size in found.items()}
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[Path]:
@@ -151,6 +177,10 @@ class Folder:
         if self.exists(name):
             self._fs.rm_file(self._path(name))
 
+    def _make_folder_of(self, name: str) -> None:
+        if has_folders(self.url):
+            self._fs.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
+
     def _missing(self, stored: StoredFile) -> str:
         path = self._path(stored.name)
         if not self._fs.isfile(path):
@@ -184,6 +214,18 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _copy(source: Any, target: Any, most: int | None = None) -> tuple[int, str]:
+    """Copy a stream, at most so many bytes; returns their number and checksum."""
+    import xxhash
+
+    digest, size = xxhash.xxh3_128(), 0
+    while block := source.read(_BLOCK if most is None else min(_BLOCK, most - size)):
+        target.write(block)
+        digest.update(block)
+        size += len(block)
+    return size, digest.hexdigest()
 
 
 def _checksum(file: Any) -> str:

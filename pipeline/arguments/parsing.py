@@ -80,6 +80,8 @@ def _parse_recipe(name: str, rest: list[str]) -> Command:
 def _parse_run(name: str, rest: list[str]) -> Command:
     if not rest or rest[0].startswith("-"):
         raise ValueError(f"RUN_DIR: `raylign {name}` needs one, the folder of a run")
+    if name == "resume" and "://" in rest[0]:
+        return _parse_stored(rest.pop(0), rest)
     run_dir, program = _path(rest.pop(0)), f"raylign {name} RUN_DIR"
     recipe = run_dir / "config.toml"
     if not recipe.is_file():
@@ -98,6 +100,28 @@ def _parse_run(name: str, rest: list[str]) -> Command:
         parser.add_argument("--step", type=int, required=True)
     step = getattr(parser.parse_args(rest), "step", 0)
     return Command(name=name, run_dir=run_dir, config=configuration(recipe, "", [], program), step=step)
+
+
+def _parse_stored(url: str, rest: list[str]) -> Command:
+    """`resume URL --run-dir NEW`: the run that is on a storage, with the settings that it has there."""
+    from cluster.filesystems import check_url
+    from pipeline.run.fetch import recipe_of
+
+    check_url("URL", url)
+    program = "raylign resume URL"
+    parser = settings_parser(program, "--run-dir NEW [--allow-change KEY ...] [--section.field value ...]")
+    parser.add_argument("--run-dir", type=_path)
+    parser.add_argument("--allow-change", nargs="+", action="extend", default=[])
+    known, overrides = parser.parse_known_args(rest)
+    run_dir = known.run_dir
+    if run_dir is None or (run_dir.exists() and (not run_dir.is_dir() or (run_dir / "history.json").exists())):
+        raise ValueError(
+            f"--run-dir: must be a new or empty folder, into which the run is fetched, got {run_dir or 'none'}; a run "
+            "that is in a folder already goes on with `raylign resume RUN_DIR`"
+        )
+    with recipe_of(url) as recipe:
+        config = configuration(recipe, known.algorithm, ["--cluster.storage", url, *overrides], program)
+    return Command(name="resume", run_dir=run_dir, config=config, allowed=tuple(known.allow_change))
 
 
 def _parse_evaluate(rest: list[str]) -> Command:

@@ -16,6 +16,7 @@ raylign: reinforcement learning from human feedback for causal language models, 
   raylign submit RECIPE              a run as a job of a Ray cluster, followed to its end; again: attach, or go on
 
   raylign resume RUN_DIR             go on with a run that was stopped or broke off, from its last commit
+  raylign resume URL --run-dir NEW   the same elsewhere, with a run that was copied to cluster.storage
   raylign ledger RUN_DIR             the account of a run: what became of every sample
   raylign replay RUN_DIR --step N    compute a step again from its logged experience and compare with what was recorded
   raylign evaluate RUN_DIR|RECIPE    two models on held-out prompts; of a run, its policy and what it began from
@@ -35,6 +36,7 @@ _RUN_OPTIONS = {
     "--section.field value": "override a setting of the recipe; `raylign {name} {of} --help` lists them all",
 }
 _CHANGES = {
+    "--run-dir NEW": "with the URL of a run's storage: an empty folder, into which the run is fetched first",
     "--section.field value": "override a setting; what would change the result must be allowed",
     "--allow-change KEY ...": "accept that these settings differ from what the run was begun with; `data` and `model`: "
     "that what the files hold differs",
@@ -79,7 +81,7 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
         _SUBMISSION,
     ),
     "resume": (
-        "RUN_DIR",
+        "RUN_DIR|URL",
         "go on with a run that was stopped or broke off, in whichever stage, from its last commit or checkpoint",
         _CHANGES,
     ),

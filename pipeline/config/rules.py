@@ -9,6 +9,7 @@ from functools import reduce
 from typing import Any
 
 from actors.config import MODEL_PARTNER, OPTION_NAME, EnvironmentConfig, ManagerConfig
+from cluster.filesystems import check_url
 from pipeline.config.errors import NOT_FINITE, shown
 from pipeline.config.run_config import RunConfig, leaves
 from pipeline.data.config import DataConfig
@@ -34,9 +35,15 @@ def check(config: RunConfig) -> RunConfig:
         _environment_rules,
         _model_rules,
         _learner_rules,
+        _storage_rules,
     ):
         rule(config)
     return config
+
+
+def _storage_rules(config: RunConfig) -> None:
+    if config.cluster.storage:
+        check_url("cluster.storage", config.cluster.storage)
 
 
 def _number_rules(config: RunConfig) -> None:

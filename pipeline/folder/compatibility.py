@@ -87,6 +87,8 @@ KINDS: dict[str, Kind] = {
         f"cluster.{key}": SAME_BITS
         for key in (
             "address",
+            "storage",
+            "storage_timeout_s",
             "start_timeout_s",
             "place_timeout_s",
             "ready_timeout_s",

@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -69,6 +69,8 @@ class RunFolder:
         """Use `take` or `open`."""
         self.path = path
         self.history = history
+        self.copy: Callable[[], None] = lambda: None
+        """Copies everything new to the run's storage, if there is one (`mirror.py`)."""
         self._lock = lock
 
     @classmethod
@@ -76,7 +78,7 @@ class RunFolder:
         try:
             _check_empty(path)
             (path / "log").mkdir(parents=True, exist_ok=True)
-            return cls(path, _locked(path), ())
+            return cls(path, locked(path), ())
         except OSError as error:
             raise ValueError(
                 f"--run-dir: must be a folder that can be written, got {path}: {error.strerror}"
@@ -87,7 +89,7 @@ class RunFolder:
         """Hold the folder of an existing run. Raises ValueError when there is none, or when a process works in it."""
         history = read_history(path)
         try:
-            return cls(path, _locked(path), history)
+            return cls(path, locked(path), history)
         except OSError as error:
             raise ValueError(f"RUN_DIR: must be a folder that can be written, got {path}: {error.strerror}") from error
 
@@ -112,7 +114,10 @@ class RunFolder:
         data: Mapping[str, str] = MappingProxyType({}),
         code: Mapping[str, StoredFile] = MappingProxyType({}),
     ) -> None:
-        """Take the next epoch; from now on, commits of earlier epochs no longer count. data, code: as in `RunStart`."""
+        """Take the next epoch; from now on, commits of earlier epochs no longer count. data, code: as in `RunStart`.
+
+        Raises RunError when the run has a storage that does not answer.
+        """
         epoch = RunStart(
             number=len(self.history) + 1,
             from_step=from_step,
@@ -127,6 +132,7 @@ class RunFolder:
             code=dict(code),
         )
         self._write((*self.history, epoch))
+        self.copy()
 
     def settle(self, config: RunConfig) -> None:
         """Rewrite this epoch's settings in history and config.toml, once the cluster has decided the open ones."""
@@ -191,17 +197,25 @@ def read_history(path: Path) -> tuple[RunStart, ...]:
     Raises ValueError when the folder holds no run, or its history cannot be read.
     """
     try:
-        history = _HISTORY.validate_json((path / HISTORY).read_bytes())
+        return history_of((path / HISTORY).read_bytes(), str(path / HISTORY), "RUN_DIR")
     except FileNotFoundError as error:
         raise ValueError(
             f"RUN_DIR: must be the folder of a run, got {path}, which has no {HISTORY}; `raylign run RECIPE` makes one"
         ) from error
-    except (OSError, ValidationError) as error:
+    except OSError as error:
+        raise ValueError(f"RUN_DIR: its {HISTORY} must be readable, got {path / HISTORY}: {error.strerror}") from error
+
+
+def history_of(text: str | bytes, where: str, field: str) -> tuple[RunStart, ...]:
+    """Every start of a run, from the text of its history. Raises ValueError, naming `field`, for any other text."""
+    try:
+        history = _HISTORY.validate_json(text)
+    except ValidationError as error:
         raise ValueError(
-            f"RUN_DIR: its {HISTORY} must be as a run writes it, got {path / HISTORY}: {str(error).splitlines()[0]}"
+            f"{field}: its {HISTORY} must be as a run writes it, got {where}: {str(error).splitlines()[0]}"
         ) from error
     if not history:
-        raise ValueError(f"RUN_DIR: its {HISTORY} must name at least one epoch, got none in {path}")
+        raise ValueError(f"{field}: its {HISTORY} must name at least one epoch, got none in {where}")
     return history
 
 
@@ -215,8 +229,11 @@ def steps_at(history: Sequence[RunStart], step: int) -> int:
     return int(next(epoch for epoch in reversed(history) if epoch.from_step <= step).config["steps"])
 
 
-def _locked(path: Path) -> IO[str]:
-    """The folder's lock file, locked; its text names the process that holds it."""
+def locked(path: Path) -> IO[str]:
+    """The folder's lock file, locked until it is closed; its text names the process that holds it.
+
+    Raises ValueError when another process holds it.
+    """
     file = (path / ".lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -30,6 +30,7 @@ from pipeline.samples.ledger import LedgerState
 
 log = logging.getLogger(__name__)
 
+COMMITS = "checkpoints"  # the folder of all commits, in the run folder
 _INEXACT = "The commit's files are as they were written, so this is a defect of the program, not of the files."
 _NAME = re.compile(r"step=(\d{8})-epoch=(\d{4})")
 
@@ -81,7 +82,7 @@ class Checkpoints:
     """The commits of a run."""
 
     def __init__(self, run: RunFolder, keep: int) -> None:
-        self.folder = Folder(run.path / "checkpoints")
+        self.folder = Folder(run.path / COMMITS)
         self._run = run
         self._keep = keep
 
@@ -92,10 +93,10 @@ class Checkpoints:
         return lambda role: shard_url(self.folder, name, role)
 
     def write(self, state: DriverState, shards: Mapping[str, tuple[StoredFile, ...]]) -> Commit:
-        """Write the manifest of a commit whose shards are written, then remove old commits.
+        """Write the manifest of a commit whose shards are written, copy it to the run's storage, remove old commits.
 
-        Raises RunError when another process has taken the run folder, or when the driver does not see a shard that a
-        rank wrote.
+        Raises RunError when another process has taken the run folder, when the driver does not see a shard that a rank
+        wrote, or when the storage does not take it; then no commit is removed.
         """
         self._run.check_epoch()
         commit = Commit(epoch=self._run.epoch, state=state, shards=dict(shards))
@@ -103,6 +104,7 @@ class Checkpoints:
             for rank, file in enumerate(files):
                 check_seen(f"{role}[{rank}]", "commit", self.folder.folder(commit.name).folder(role), [file])
         commit.seal(self.folder.folder(commit.name))
+        self._run.copy()
         self._prune()
         return commit
 
@@ -165,9 +167,14 @@ def shard_url(folder: Folder, commit: str, role: str) -> str:
 
 def _names(folder: Folder, history: Sequence[RunStart], *, sealed: bool = True) -> list[str]:
     """Names of the commits of the run's history, newest first; sealed: only commits that have a manifest."""
-    parsed = [(match, name) for name in folder.folders() if (match := _NAME.fullmatch(name))]
-    counted = [name for match, name in parsed if counts(history, int(match[2]), int(match[1]))]
-    return sorted((name for name in counted if not sealed or folder.exists(f"{name}/{MANIFEST}")), reverse=True)
+    counted = names_of(folder.folders(), history)
+    return [name for name in counted if not sealed or folder.exists(f"{name}/{MANIFEST}")]
+
+
+def names_of(names: Iterable[str], history: Sequence[RunStart]) -> list[str]:
+    """Those of the names that are commits of the run's history, newest first."""
+    parsed = [(match, name) for name in names if (match := _NAME.fullmatch(name))]
+    return sorted((name for match, name in parsed if counts(history, int(match[2]), int(match[1]))), reverse=True)
 
 
 def _name(step: int, epoch: int) -> str:

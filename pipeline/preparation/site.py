@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class TrainingSite:
     cluster: ClusterConfig
     run_dir: Path
     progress: Progress
+    copy: Callable[[], None] = lambda: None  # copies what is new to the run's storage, if it has one
 
     @property
     def cache(self) -> Path:
@@ -29,4 +31,4 @@ class TrainingSite:
 
     def fit(self, job: TrainingJob, folder: str) -> TrainingResult:
         """Run a job in a folder of the run folder, or resume it. Raises as `trainer.fit` does."""
-        return fit(job, self.cluster, self.session, self.run_dir / folder, self.progress)
+        return fit(job, self.cluster, self.session, self.run_dir / folder, self.progress, self.copy)

@@ -128,6 +128,7 @@ def carry_out(stage: StageName, run: Run, session: Session) -> None:
         started = time.monotonic()
         result = _STAGES[stage](run, session)
         done = run.chain.finish(stage, result, time.monotonic() - started)
+        run.folder.copy()
         log.info("stage %s is done in %.1f s: %s", stage, time.monotonic() - started, json.dumps(result))
     run.results[stage] = done.result
 
@@ -163,7 +164,13 @@ def _reward(run: Run, session: Session) -> dict[str, Any]:
 
 
 def _site(run: Run, session: Session) -> TrainingSite:
-    return TrainingSite(session=session, cluster=run.config.cluster, run_dir=run.run_dir, progress=run.progress)
+    return TrainingSite(
+        session=session,
+        cluster=run.config.cluster,
+        run_dir=run.run_dir,
+        progress=run.progress,
+        copy=run.folder.copy,
+    )
 
 
 def _sampled(run: Run, session: Session, path: Path) -> ComparisonCounts:

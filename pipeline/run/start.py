@@ -41,6 +41,7 @@ from pipeline.plan.preflight import preflight, resolve, rule_of, unfollowed, wit
 from pipeline.report.result import Result
 from pipeline.report.terminal import show
 from pipeline.run.ending import errors_named_by_phase, stoppable
+from pipeline.run.fetch import open_storage
 from pipeline.run.stages import Run, carry_out
 from pipeline.tasks.task import Task
 
@@ -74,13 +75,17 @@ def run_stages(
     traceback in `log/driver.log`; Stopped when a signal asked for it.
     """
     config = check(config)
+    mirror = open_storage(config.cluster, run_dir, lambda line: _say(console, line))
     with waiting(console, "read settings and data"):
         config = resolve(config)
         inputs = _inputs(config)
     with RunFolder.take(run_dir) as folder:
+        if mirror is not None:
+            mirror.follow(folder)
         same = _moved(folder.history[-1], config, inputs) if folder.history else {}
         chain = Chain(config, folder.path, inputs.data, until=until, moved=same)
         if chain.is_finished:
+            folder.copy()
             _say(console, f"nothing is left to do: {', '.join(chain.stages)} are done; everything is in {run_dir}")
             return Result(
                 run_dir=run_dir,
@@ -103,7 +108,10 @@ def resume(
     Raises the errors of `run_stages`. Also raises ValueError when the folder holds no run or is in use, when settings
     or data differ that are not allowed to, and when the run has done more steps than the recipe now asks for.
     """
+    mirror = open_storage(config.cluster, run_dir, lambda line: _say(console, line))
     with RunFolder.open(run_dir) as folder:
+        if mirror is not None:
+            mirror.follow(folder)
         last = folder.history[-1]
         use_roots(last.roots)
         config = with_full_paths(check(config))
@@ -116,6 +124,7 @@ def resume(
             changed += check_data_changes(last.data, inputs.data, allowed)
         chain = Chain(config, run_dir, inputs.data, until=last.until, allowed=allowed, moved=same)
         if chain.is_finished:
+            folder.copy()
             _say(console, f"this run is finished: {', '.join(chain.stages)}; everything is in {run_dir}")
             return None
         said = [*(f"changed: {line}" for line in changed), *changes_of(last.code, inputs.code)]
@@ -238,6 +247,7 @@ def _carry_out(
             for stage in chain.stages:
                 carry_out(stage, current, session)
             report_tokens(config, inputs.task, run_dir, current.start, current.known)
+            folder.copy()
     result = Result(
         run_dir=run_dir, stages=current.results, evaluation=current.evaluation, seconds=time.monotonic() - started
     )

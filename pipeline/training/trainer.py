@@ -56,8 +56,17 @@ class TrainingResult:
     outcome: dict[str, Any]
 
 
-def fit(job: TrainingJob, config: ClusterConfig, session: Session, folder: Path, progress: Progress) -> TrainingResult:
+def fit(
+    job: TrainingJob,
+    config: ClusterConfig,
+    session: Session,
+    folder: Path,
+    progress: Progress,
+    copy: Callable[[], None] = lambda: None,
+) -> TrainingResult:
     """Run a training in `folder`, or resume it; afterwards the best weights are in `job.best`.
+
+    copy: called after each checkpoint, while the workers go on; what it raises ends the training.
 
     To be called in the main thread. Raises RunError naming the job, its phase and a remedy. At a signal it raises what
     the signal's handler raises, or StopNow where the handler raises nothing. No process of the training is left then.
@@ -82,7 +91,7 @@ def fit(job: TrainingJob, config: ClusterConfig, session: Session, folder: Path,
         mark=session.mark,
         is_alone=len(session.nodes()) == 1,
     )
-    finished = _followed(setup, session, progress)
+    finished = _followed(setup, session, progress, copy)
     assert finished.state is not None
     check_seen(f"{job.name}[0]", "export", Folder(job.best), finished.files)
     shutil.rmtree(folder / STORAGE, ignore_errors=True)
@@ -104,7 +113,7 @@ def claim(folder: Path, job: TrainingJob) -> bool:
     return had_checkpoints
 
 
-def _followed(setup: TrainingSetup, session: Session, progress: Progress) -> Finished:
+def _followed(setup: TrainingSetup, session: Session, progress: Progress, copy: Callable[[], None]) -> Finished:
     """Start the training and wait for its end; whatever ends the wait, a signal included, ends the training."""
     import ray
 
@@ -113,7 +122,7 @@ def _followed(setup: TrainingSetup, session: Session, progress: Progress) -> Fin
         with signals:
             reservations = Reservations()
             supervisor = session.beside().spawn_beside(Supervisor, f"{job.name}-supervisor", 0)
-            follower = Follower(setup, supervisor, progress, signals)
+            follower = Follower(setup, supervisor, progress, signals, copy)
             try:
                 finished = follower.follow(supervisor.fit.remote(setup, reservations.lock))
             finally:
@@ -144,8 +153,16 @@ def _stop_now(signals: PostponedStop, job: TrainingJob, state: TrainingState | N
 class Follower:
     """Waits for a training, and shows and logs its events."""
 
-    def __init__(self, setup: TrainingSetup, supervisor: Any, progress: Progress, signals: PostponedStop) -> None:
-        """signals: the signals received so far that ask to stop."""
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        supervisor: Any,
+        progress: Progress,
+        signals: PostponedStop,
+        copy: Callable[[], None] = lambda: None,
+    ) -> None:
+        """signals: the signals received so far that ask to stop. copy: called after each checkpoint."""
+        self._copy = copy
         self._job = setup.job
         self._config = setup.cluster
         self._supervisor = supervisor
@@ -214,6 +231,7 @@ class Follower:
             case Progressed():
                 self._curves.add(event.record)
                 self._progress.advance(event.record["text"])
+                self._copy()
             case Failed():
                 log.error("%s has given up:\n%s", event.error.who, event.trace)
                 raise event.error
