@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from cluster import remote
 from cluster.config import ClusterConfig
 from cluster.faults import RunError
 from cluster.remote import RemoteFolder
+from cluster.session import Session
 from cluster.storage import Folder
 from entry_point import raylign
 from object_server import ObjectServer, object_server
@@ -21,7 +24,8 @@ from pipeline.folder.mirror import Mirror
 from pipeline.folder.run_folder import RunFolder
 from pipeline.loop.commits import Checkpoints, DriverState
 from pipeline.run.fetch import fetch, open_storage
-from run_helpers import new_run, recipe
+from pipeline.run.start import resume, run_stages
+from run_helpers import ROOT, assert_same, await_log, environment, forked_command, new_run, quiet, recipe
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,8 @@ def url(server: ObjectServer, request: pytest.FixtureRequest) -> str:
 
 
 def stored(url: str, timeout_s: float = 0.5) -> RunConfig:
-    return recipe(cluster=ClusterConfig(storage=url, storage_timeout_s=timeout_s))
+    cluster = recipe().cluster
+    return recipe(cluster=cluster.model_copy(update={"storage": url, "storage_timeout_s": timeout_s}))
 
 
 def begun(path: Path, url: str) -> RunFolder:
@@ -114,12 +119,12 @@ def test_every_manifest_is_written_after_what_it_relies_on(server: ObjectServer,
         manifests = ["files.json", f"checkpoints/{name}/commit.json", "stages/rl.json"]
         assert sorted(order[: -len(manifests)]) == [*shards, "experience/step=1/experience.parquet"]
         assert order[-len(manifests) :] == manifests
-        assert written(server, url)[:before] == [".writable", "history.json", "config.toml"]
+        assert written(server, url)[:before] == [".writable", "history.json", "config.toml", "files.json"]
         folder.copy()
         assert len(written(server, url)) == before + len(order), "nothing is copied twice"
     with begun(tmp_path / "run", url):
         again = written(server, url)[before + len(order) :]
-    assert {*again} == {".writable", "history.json", "config.toml", *manifests[1:]}, "not by another process either"
+    assert {*again} == {".writable", "history.json", *manifests[1:]}, "not by another process either"
 
 
 def test_old_commits_go_there_once_they_are_gone_here_and_others_never(url: str, tmp_path: Path) -> None:
@@ -276,3 +281,73 @@ def test_the_command_line_says_what_is_wrong_before_ray_is_there(
     assert "hidden" not in found.out + found.err
     assert "ray" not in found.imported
     assert not [*tmp_path.glob("*/*/history.json")], "no run was begun"
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture(scope="module")
+def whole(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that knows of no storage, and that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    run_stages(recipe(), run_dir, quiet())
+    return run_dir
+
+
+def resumed(*arguments: str, cwd: Path) -> str:
+    """What `raylign resume` printed, with a Ray of its own."""
+    out = subprocess.run(
+        forked_command("resume", *arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert out.returncode == 0, out.stderr
+    assert "Traceback" not in out.stderr
+    return out.stdout
+
+
+@pytest.mark.slow
+def test_a_run_is_killed_its_folder_lost_and_it_goes_on_elsewhere_to_the_same_bits(
+    whole: Path, server: ObjectServer, url: str, tmp_path: Path
+) -> None:
+    """All the while, every tenth request is refused."""
+    lost, new = tmp_path / "lost", tmp_path / "elsewhere" / "new"
+    server.refuse(".", every=10)
+    start = forked_command("run", str(whole / "config.toml"), "--cluster.storage", url, "--run-dir", str(lost))
+    pipe = subprocess.PIPE
+    with subprocess.Popen(start, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        await_log(lost, "committed step=00000002", process)
+        process.kill()
+        process.communicate(timeout=60)
+    shutil.rmtree(lost)
+    said = resumed(url, "--run-dir", str(new), cwd=ROOT)
+    assert f"fetching the run from {url}" in said
+    assert re.search(r"resumed from commit step=0000000[24]-epoch=0001", said)
+    assert_same(new, whole)
+    server.serve_again()
+    # then its exported model and its newest commit are lost there, and the run has no folder
+    shutil.rmtree(new)
+    newest = max(name.split("/")[1] for name in RemoteFolder(url, 10).sizes("checkpoints"))
+    Folder(url).folder("checkpoints").folder(newest).folder("critic").remove_file("rank-0.safetensors")
+    Folder(url).folder("policy").remove_file("model.safetensors")
+    said, again = quiet(), tmp_path / "again"
+    run_stages(stored(url), again, said)
+    assert isinstance(said.file, io.StringIO)
+    text = said.file.getvalue()
+    assert f"{url}: policy/model.safetensors is missing" in text
+    assert f"commit {newest} in {url} is damaged: critic/rank-0.safetensors is missing; looking for the one" in text
+    assert "rl is done again: policy/model.safetensors is missing" in text
+    assert_same(again, whole)
+
+
+@pytest.mark.slow
+def test_a_storage_that_goes_away_in_the_middle_stops_the_run_which_goes_on_once_it_is_back(
+    whole: Path, server: ObjectServer, url: str, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    config = stored(url)
+    server.refuse("PUT .*step=00000004")
+    with pytest.raises(RunError, match=r"storage failed during 'upload': .*step=00000004.*SLOW_DOWN.*Nothing is lost"):
+        run_stages(config, run_dir, quiet())
+    server.serve_again()
+    resume(config, run_dir, (), quiet())
+    assert_same(run_dir, whole)
+    assert {name.split("/")[1][:13] for name in RemoteFolder(url, 10).sizes("checkpoints")} >= {"step=00000004"}

@@ -1,7 +1,7 @@
 """The copy of a run folder on a storage, from which a run can go on elsewhere: `cluster.storage`.
 
-    history.json, config.toml      first: who writes there, and the settings
-    all other files                in parallel; then files.json, the list of them with size and checksum
+    history.json                   first: who writes there, and the settings
+    all other files                some at once; then files.json, the list of them with size and checksum
     */commit.json                  then: a commit counts there once its manifest is there
     (commits that the run folder no longer has are removed there)
     stages/*.json                  last: a stage counts there once its manifest is there
@@ -38,7 +38,6 @@ FIELD = "cluster.storage"
 INDEX = "files.json"
 CHECKPOINTS = ("checkpoints", "sft/checkpoints", "reward/checkpoints")
 STAGES = "stages"
-_FIRST = (HISTORY, "config.toml")
 _NOT_COPIED = ("log",)
 
 T = TypeVar("T")
@@ -107,18 +106,19 @@ class Mirror:
             self._check_writer()
         else:
             self._begin(folder)
-        if _history_text(folder) != self._begun:
-            self._put_first(folder)
-        files = [name for name in _files_in(folder.path) if name not in _FIRST]
+        if (history := Folder(folder.path).read_text(HISTORY)) != self._begun:
+            self.remote.put_text(HISTORY, history)
+            self._begun = history
+        files = {*_files_in(folder.path)} - {HISTORY}
         manifests = [name for name in files if name.endswith(f"/{MANIFEST}") and _is_checkpoint(name)]
         stages = [name for name in files if name.startswith(f"{STAGES}/")]
-        others = sorted({*files}.difference(manifests, stages))
+        others = sorted(files.difference(manifests, stages))
         copied = self._put(folder.path, others)
         if copied:
             self.remote.put_text(INDEX, _index(self._copied[name] for name in others if name in self._copied))
         self._check_writer()
         copied += self._put(folder.path, manifests)
-        self._prune({*files})
+        self._prune(files)
         copied += self._put(folder.path, stages)
         return len(copied), sum(file.size for file in copied)
 
@@ -157,11 +157,6 @@ class Mirror:
         except FileNotFoundError:
             return False
         return self._known[name][1] != self._copied[name].checksum
-
-    def _put_first(self, folder: RunFolder) -> None:
-        self.remote.put_text(HISTORY, _history_text(folder))
-        self._begun = _history_text(folder)
-        self._put(folder.path, [name for name in _FIRST[1:] if (folder.path / name).is_file()])
 
     def _check_writer(self) -> None:
         """Raises RunError when another process has begun to write there."""
@@ -230,10 +225,6 @@ def _stamp(file: Path) -> tuple[int, int]:
     """What changes when a file is written: its size, and the time of its last change."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns
-
-
-def _history_text(folder: RunFolder) -> str:
-    return Folder(folder.path).read_text(HISTORY)
 
 
 def _index(files: Iterable[StoredFile]) -> str:

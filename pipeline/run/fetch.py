@@ -20,8 +20,9 @@ from cluster.config import ClusterConfig
 from cluster.manifest import MANIFEST
 from cluster.remote import RemoteFolder
 from cluster.storage import Folder, StoredFile
+from pipeline.config.recipe import as_toml
 from pipeline.folder.mirror import CHECKPOINTS, FIELD, INDEX, STAGES, Mirror, index_of
-from pipeline.folder.run_folder import HISTORY, RunStart, history_of, locked
+from pipeline.folder.run_folder import HISTORY, RunStart, history_of, locked, read_history
 from pipeline.loop.commits import COMMITS, Commit, names_of
 
 _MARK = ".being-fetched"
@@ -52,16 +53,20 @@ def recipe_of(url: str) -> Iterator[Path]:
     Raises ValueError when there is none.
     """
     with TemporaryDirectory(prefix="raylign-recipe-") as folder:
-        recipe = Path(folder) / "config.toml"
         try:
-            remote = RemoteFolder(url, _RECIPE_S)
-            for name in (HISTORY, recipe.name):
-                remote.get(name, recipe.with_name(name))
+            RemoteFolder(url, _RECIPE_S).get(HISTORY, Path(folder) / HISTORY)
+            recipe = _write_recipe(Path(folder), read_history(Path(folder)))
         except (ImportError, OSError, ValueError) as error:
             raise ValueError(
                 f"URL: must be the storage of a run, got {url}: {error}; a run writes there with --{FIELD} {url}"
             ) from error
         yield recipe
+
+
+def _write_recipe(folder: Path, history: Sequence[RunStart]) -> Path:
+    """Write the settings of the last start, which a run that broke off early may not have copied as a recipe."""
+    Folder(folder).write_text("config.toml", as_toml(history[-1].config))
+    return folder / "config.toml"
 
 
 def _has_no_run(run_dir: Path) -> bool:
@@ -95,6 +100,7 @@ def _fetch(remote: RemoteFolder, run_dir: Path, say: Say) -> None:
         _empty(run_dir)
         _fetch_files(remote, run_dir, say)
         _fetch_commit(remote, run_dir, history, say)
+        _write_recipe(run_dir, history)
         Folder(run_dir).write_text(HISTORY, text)
         (run_dir / _MARK).unlink()
 
@@ -125,7 +131,7 @@ def _fetch_files(remote: RemoteFolder, run_dir: Path, say: Say) -> None:
         *remote.sizes(STAGES),
         *(name for below in CHECKPOINTS if below != COMMITS for name in remote.sizes(below) if MANIFEST in name),
     ]
-    for name in ("config.toml", *manifests):
+    for name in manifests:
         remote.get(name, run_dir / name)
 
 
