@@ -308,9 +308,9 @@ def resumed(*arguments: str, cwd: Path) -> str:
 def test_a_run_is_killed_its_folder_lost_and_it_goes_on_elsewhere_to_the_same_bits(
     whole: Path, server: ObjectServer, url: str, tmp_path: Path
 ) -> None:
-    """All the while, every tenth request is refused."""
+    """All the while, one request of 25 is refused."""
     lost, new = tmp_path / "lost", tmp_path / "elsewhere" / "new"
-    server.refuse(".", every=10)
+    server.refuse(".", every=25)
     start = forked_command("run", str(whole / "config.toml"), "--cluster.storage", url, "--run-dir", str(lost))
     pipe = subprocess.PIPE
     with subprocess.Popen(start, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
@@ -350,4 +350,8 @@ def test_a_storage_that_goes_away_in_the_middle_stops_the_run_which_goes_on_once
     server.serve_again()
     resume(config, run_dir, (), quiet())
     assert_same(run_dir, whole)
-    assert {name.split("/")[1][:13] for name in RemoteFolder(url, 10).sizes("checkpoints")} >= {"step=00000004"}
+    there = RemoteFolder(url, 10).sizes()
+    assert {name.split("/")[1][:13] for name in there if name.startswith("checkpoints/")} >= {"step=00000004"}
+    assert [name for name in there if name.startswith("sft/checkpoints/") and name.endswith("/commit.json")]
+    assert {"policy/model.safetensors", "metrics.jsonl", "report.md", "stages/evaluate.json"} <= there.keys()
+    assert not [name for name in there if name.startswith("log/")]
