@@ -194,6 +194,19 @@ def test_a_storage_that_stays_away_ends_the_run_and_nothing_is_lost(
         assert fetched(url, tmp_path / "late")[0] == "step=00000003-epoch=0001"
 
 
+def test_a_list_that_could_not_be_written_is_written_with_the_next_copy(
+    server: ObjectServer, url: str, tmp_path: Path
+) -> None:
+    with begun(tmp_path / "run", url) as folder:
+        server.refuse("PUT .*files.json")
+        with pytest.raises(RunError, match=r"files\.json"):
+            commit(folder, 1)
+        server.serve_again()
+        folder.copy()
+    assert fetched(url, tmp_path / "new") == ("step=00000001-epoch=0001", [])
+    assert (tmp_path / "new" / "experience" / "step=1" / "experience.parquet").is_file()
+
+
 def test_a_busy_storage_is_waited_for(server: ObjectServer, url: str, tmp_path: Path) -> None:
     with begun(tmp_path / "run", url) as folder:
         server.refuse(".", every=5)

@@ -49,6 +49,7 @@ class Mirror:
     def __init__(self, remote: RemoteFolder) -> None:
         self.remote = remote
         self._begun = ""  # the history as this process wrote it
+        self._listed = ""  # the list of files there
         self._copied: dict[str, StoredFile] = {}  # what the storage holds
         self._known: dict[str, tuple[tuple[int, int], str]] = {}  # name -> ((size, time of change), checksum) here
 
@@ -114,8 +115,9 @@ class Mirror:
         stages = [name for name in files if name.startswith(f"{STAGES}/")]
         others = sorted(files.difference(manifests, stages))
         copied = self._put(folder.path, others)
-        if copied:
-            self.remote.put_text(INDEX, _index(self._copied[name] for name in others if name in self._copied))
+        if (index := _index(self._copied[name] for name in others if name in self._copied)) != self._listed:
+            self.remote.put_text(INDEX, index)
+            self._listed = index
         self._check_writer()
         copied += self._put(folder.path, manifests)
         self._prune(files)
@@ -125,8 +127,8 @@ class Mirror:
     def _begin(self, folder: RunFolder) -> None:
         """Learn what the storage holds; another process may have begun there meanwhile."""
         self._check_history(folder)
-        there, index = self.remote.sizes(), index_of(self.remote.text(INDEX))
-        self._copied = {file.name: file for file in index if there.get(file.name) == file.size}
+        there, self._listed = self.remote.sizes(), self.remote.text(INDEX) or ""
+        self._copied = {file.name: file for file in index_of(self._listed) if there.get(file.name) == file.size}
 
     def _put(self, path: Path, names: Sequence[str]) -> list[StoredFile]:
         """Copy those of the files that the storage does not hold as they are; returns them."""
