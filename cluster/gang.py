@@ -153,6 +153,8 @@ class Gang:
         self._pump = pump
         self._config = config
         self._fingerprint = fingerprint
+        self.workers: tuple[WorkerInfo, ...] = ()
+        """Its ranks, as they were when they last met."""
         self._handles: list[Any] = []
         self._logs: list[RankLog] = []
         self._pulse = Pulse(pump, config.pulse_timeout_s)
@@ -176,6 +178,7 @@ class Gang:
         for rank, worker in enumerate(workers):
             compare(self._fingerprint, worker.fingerprint, f"{self.role}[{rank}]")
             log.info("%s[%d] ready: pid %d on %s", self.role, rank, worker.pid, worker.node_ip)
+        self.workers = tuple(workers)
         self._logs = [RankLog.now(worker.log_file) for worker in workers]
         address, port = workers[0].node_ip, self._free_port()
         met = self._call_start("connect", lambda handle, rank: handle.connect.remote(address, port))

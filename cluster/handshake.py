@@ -16,6 +16,7 @@ from pathlib import Path
 from cluster.faults import RunError
 from cluster.shared import REMEDY, FolderMark
 
+_SETS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "bf16")  # instructions that libraries choose kernels by
 _LIBRARIES = ("torch", "ray", "deepspeed", "transformers", "pyarrow")
 
 
@@ -38,6 +39,22 @@ def fingerprint(packages: Sequence[str], mark: FolderMark | None = None) -> Fing
     versions = {library: _version(library) for library in _LIBRARIES}
     return Fingerprint(
         files=files, python=platform.python_version(), versions=versions, unseen=mark.problem() if mark else ""
+    )
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The kind of this machine's processor, by what decides how numbers are rounded: `x86_64 AuthenticAMD avx512f`.
+
+    cpuinfo: where Linux describes it.
+    """
+    try:
+        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".strip()
+    found = {key.strip(): value.strip() for key, value in lines.items()}
+    has = found.get("flags", found.get("Features", "")).split()
+    return " ".join(
+        filter(None, (platform.machine(), found.get("vendor_id", ""), *(set_ for set_ in _SETS if set_ in has)))
     )
 
 

@@ -350,11 +350,14 @@ class Seats:
             self._tell(bundle, lambda tenant, index: tenant.vacate(index, lost=lost))
 
     def _give_back(self, seat: _Seat) -> None:
+        for group in filter(None, (seat.group, seat.next)):
+            self._remove(group)
+        seat.group, seat.next, seat.nodes, seat.leaves_by = None, None, {}, math.inf
+
+    def _remove(self, group: Any) -> None:
         from ray.util.placement_group import remove_placement_group
 
-        for group in filter(None, (seat.group, seat.next)):
-            remove_placement_group(group)
-        seat.group, seat.next, seat.nodes, seat.leaves_by = None, None, {}, math.inf
+        remove_placement_group(group)
 
     def _tell(self, bundle: int, what: Callable[[Tenant, int], None]) -> None:
         """Tell everybody who sits there, then raise what the first of them has raised."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.handshake import Fingerprint, fingerprint
+from cluster.handshake import Fingerprint, fingerprint, processor
 from cluster.imports import roots, use_roots
 from cluster.pulse import start_pulse
 from cluster.seats import Seats
@@ -25,11 +25,12 @@ from cluster.shared import FolderMark
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
-    """The process of a worker, and the fingerprint of its code."""
+    """The process of a worker, the kind of its processor, and the fingerprint of its code."""
 
     pid: int
     node_ip: str
     fingerprint: Fingerprint
+    processor: str
     log_file: str  # "" where the driver's log folder cannot be written: the output is in Ray's own logs
 
 
@@ -143,6 +144,7 @@ def _hosted(
                 pid=os.getpid(),
                 node_ip=ray.util.get_node_ip_address(),
                 fingerprint=fingerprint(packages, mark),
+                processor=processor(),
                 log_file=self.__log_file,
             )
 

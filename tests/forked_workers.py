@@ -6,7 +6,8 @@ a script that asks a server to fork itself. The child goes on as Ray's own worke
 environment, the folder and the process group that Ray gave. No module of the program is imported before the fork.
 
 Runs by the command line start their workers as Ray does, but for those that ask for this by `python forked_workers.py
-run ARGUMENTS`, and nodes that are started by `python forked_workers.py ray start ...`. Left out: a seed of its own for each worker's string hashes; two runs by the command line differ in it.
+run ARGUMENTS`; so do nodes, but for those of `python forked_workers.py ray start ...`. Left out: a seed of its own for
+each worker's string hashes; two runs by the command line differ in it.
 """
 
 from __future__ import annotations

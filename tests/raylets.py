@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,17 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ports import free_port
+
 RAY = (sys.executable, str(Path(__file__).with_name("forked_workers.py")), "ray")
 _START_S = 90.0
-
-
-def free_port() -> int:
-    """A port below those that the kernel gives to outgoing connections, one of which could take it meanwhile."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with contextlib.closing(socket.socket()) as listener, contextlib.suppress(OSError):
-            listener.bind(("0.0.0.0", port))
-            return port
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from raylets import Cluster, cluster
 from run_helpers import environment
 
@@ -106,18 +107,18 @@ def nodes() -> Iterator[Cluster]:
 def test_nodes_that_join_are_killed_and_leave_change_no_bit(quiet: bytes, tmp_path: Path, nodes: Cluster) -> None:
     """The learners sit on the head. It has room for one worker; two more come and go with their nodes."""
     run = Run(tmp_path, nodes.environment)
-    at = run.await_line("rollout.0. ready")
+    run.await_line("rollout.0. ready")
     with run.held() as at:
         assert "2 of 3 bundles have no place yet; the run begins without them" in run.log
         first = nodes.add(2)
         at = run.await_line(rf"rollout\[1\] ready: pid \d+ on {first.ip}", at)
         second = nodes.add(2)
         at = run.await_line(rf"rollout\[2\] ready: pid \d+ on {second.ip}", at)
-    at = run.await_line("step .* is done", at)
+    run.await_line("step .* is done", at)
     with run.held() as at:  # chunks wait on every worker
         first.kill()
         at = run.await_line(rf"node \w+ \({first.ip}\) is gone, and with it rollout\[1\]", at)
-    at = run.await_line("step .* is done", at)
+    run.await_line("step .* is done", at)
     with run.held() as at:
         third = nodes.add(2)
         at = run.await_line(rf"rollout\[1\] ready: pid \d+ on {third.ip}", at)
@@ -146,7 +147,7 @@ def test_learners_go_on_elsewhere_when_their_node_is_gone_or_about_to_leave(quie
     with cluster(0, notice_s=120) as nodes:
         first, second = nodes.add(2), nodes.add(2)
         run = Run(tmp_path, nodes.environment)
-        at = run.await_line("step .* is done")
+        run.await_line("step .* is done")
         learners, worker = (first, second) if f"on {first.ip}" in ready(run, "policy[0]") else (second, first)
         assert f"on {worker.ip}" in ready(run, "rollout[1]")
         with run.held() as at:
@@ -156,7 +157,7 @@ def test_learners_go_on_elsewhere_when_their_node_is_gone_or_about_to_leave(quie
             assert f"on {worker.ip}" in ready(run, "policy[0]")
             third = nodes.add(2)
             at = run.await_line(rf"rollout\[1\] ready: pid \d+ on {third.ip}", at)
-        at = run.await_line("step .* is done", at)
+        run.await_line("step .* is done", at)
         with run.held() as at:
             worker.drain()
             at = run.await_line(rf"node \w+ \({worker.ip}\) is about to leave, and with it policy", at)

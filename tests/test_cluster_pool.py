@@ -480,3 +480,133 @@ def test_a_worker_takes_work_again_after_whatever_was_raised_over_a_lost_input(
     owner.wait(1)
     assert owner.found == {4: (16, 1)}
     assert pool.replaced == 0
+
+
+@pytest.fixture
+def make_roaming(ray_session: Session, placed: Spawner) -> Iterator[Callable[..., tuple[Pool, set[int]]]]:
+    """A pool and the seats that have a node; the test changes them as `Seats` would."""
+    pools: list[Pool] = []
+
+    def make(*there: int, config: ClusterConfig = CONFIG) -> tuple[Pool, set[int]]:
+        seats = set(there)
+        spawn = lambda index: placed.spawn(Squarer, "squarer", index) if index in seats else None  # noqa: E731
+        pools.append(Pool("squarer", spawn, 2, Pump(), config, ray_session.fingerprint))
+        pools[-1].is_gone = lambda index: index not in seats
+        return pools[-1], seats
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def test_a_pool_begins_with_the_workers_that_have_a_node_and_takes_others_in(
+    make_roaming: Callable[..., tuple[Pool, set[int]]],
+) -> None:
+    pool, seats = make_roaming(0)
+    pool.start()
+    pool.wait_ready()
+    assert (len(pool.workers), pool.absent, pool.is_ready) == (1, 0, True)
+    seats.add(1)
+    pool.occupy(1)
+    pool.occupy(1)  # is there already
+    pool.wait_ready()
+    assert len({worker.pid for worker in pool.workers}) == 2
+    owner = Owner(pool)
+    for number in range(4):
+        owner.submit(number)
+    owner.wait(4)
+    assert pool.replaced == 0
+
+
+def test_work_of_a_worker_that_leaves_by_plan_is_done_elsewhere_and_does_not_count(
+    make_roaming: Callable[..., tuple[Pool, set[int]]],
+) -> None:
+    pool, seats = make_roaming(0, 1, config=replace_config(max_attempts=1, max_replacements=0))
+    pool.start()
+    pool.wait_ready()
+    owner = Owner(pool)
+    owner.submit(2, "take time")
+    owner.submit(3, "take time")
+    pool.retire(1)
+    owner.submit(4)
+    seats.remove(1)
+    pool.vacate(1, lost=False)
+    pool.vacate(1, lost=False)  # has left already
+    owner.wait(3)
+    assert owner.found == {2: (4, 1), 3: (9, 2), 4: (16, 1)}
+    assert owner.retried == [3]
+    assert (pool.replaced, len(pool.workers)) == (0, 1)
+
+
+def test_work_of_a_lost_node_is_done_elsewhere_and_is_no_incident(
+    make_roaming: Callable[..., tuple[Pool, set[int]]],
+) -> None:
+    pool, seats = make_roaming(0, 1, config=replace_config(max_replacements=0))
+    pool.start()
+    pool.wait_ready()
+    owner = Owner(pool)
+    owner.submit(2, "take time")
+    owner.submit(3, "take time")
+    seats.remove(1)
+    pool.vacate(1, lost=True)
+    owner.wait(2)
+    assert owner.found == {2: (4, 1), 3: (9, 2)}
+    assert pool.replaced == 1
+    seats.add(1)
+    pool.occupy(1)
+    pool.wait_ready()
+    assert len(pool.workers) == 2
+
+
+def test_who_will_leave_works_only_if_nobody_else_can(make_roaming: Callable[..., tuple[Pool, set[int]]]) -> None:
+    pool, _ = make_roaming(0, 1)
+    pool.start()
+    pool.wait_ready()
+    staying, leaving = (worker.pid for worker in pool.workers)
+    pool.retire(1)
+    pids = set[int]()
+    for number in range(4):
+        pool.submit(work_of(number, pids))
+    pool._pump.run_until(lambda: pool.unfinished == 0, timeout_s=30, waiting_for="squares")
+    assert pids == {staying}
+    pool.retire(0)
+    for number in range(4):
+        pool.submit(work_of(number, pids))
+    pool._pump.run_until(lambda: pool.unfinished == 0, timeout_s=30, waiting_for="squares")
+    assert pids == {staying, leaving}
+
+
+def test_a_pool_without_any_node_waits_for_one_but_not_for_ever(
+    make_roaming: Callable[..., tuple[Pool, set[int]]],
+) -> None:
+    """Also where a call may take less time than a node needs to come."""
+    pool, seats = make_roaming(0, 1, config=replace_config(node_timeout_s=3))
+    pool.start()
+    pool.wait_ready()
+    owner = Owner(pool)
+    seats.clear()
+    for index in (0, 1):
+        pool.vacate(index, lost=True)
+    owner.submit(2)
+    with pytest.raises(
+        RunError, match=r"^squarer failed during 'placement': the nodes of all its workers are gone, and"
+    ):
+        pool._pump.run_until(lambda: 2 in owner.found, timeout_s=0.5, waiting_for="a node")
+    for index in (0, 1):
+        seats.add(index)
+        pool.occupy(index)
+    owner.wait(1)
+    assert owner.found == {2: (4, 1)}
+
+
+def work_of(number: int, pids: set[int]) -> Work:
+    """Notes in `pids` which process has done it."""
+    return Work(
+        phase=f"square {number}",
+        send=lambda worker, attempt: tuple(worker.square.options(num_returns=2).remote(number, attempt, "")),
+        on_done=lambda report, data, attempt: pids.add(report["pid"]),
+    )
+
+
+def replace_config(**changes: Any) -> ClusterConfig:
+    return CONFIG.model_copy(update=changes)

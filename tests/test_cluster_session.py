@@ -210,9 +210,7 @@ def test_an_unusable_address_is_refused(address: str, tmp_path: Path) -> None:
 
 def bundles(count: int, cpus: int, gpus: float = 0) -> Placement:
     slots = tuple(Slot(role="w", index=i, bundle=i, cpus=cpus, gpus=gpus, threads=cpus) for i in range(count))
-    return Placement(
-        bundles=(Bundle(cpus=cpus, gpus=gpus),) * count, slots=slots, core=tuple(range(count))
-    )
+    return Placement(bundles=(Bundle(cpus=cpus, gpus=gpus),) * count, slots=slots, core=tuple(range(count)))
 
 
 def test_what_a_local_ray_lacks_is_said_at_once(ray_session: Session) -> None:

@@ -142,9 +142,13 @@ def test_what_a_joined_cluster_lacks_is_said_in_a_plan_by_stage(ray_session: Ses
     assert _on_the_cluster(fits, _nodes(fits)) == [
         "the cluster at 127.0.0.1:6379 has 16 CPUs and 0 GPUs on 1 node(s): every stage fits"
     ]
-    lacks = fits.model_copy(update={"evaluation": fits.evaluation.model_copy(update={"workers": 6})})
-    lines = _on_the_cluster(lacks, _nodes(lacks))
-    assert lines[0].endswith("unless it grows within cluster.place_timeout_s = 30 s, a run stops at once:")
-    assert [line.partition(";")[0] for line in lines[1:]] == [
-        "evaluate does not fit: 2 of 6 bundles of 4 CPUs fit no node"
+    few = fits.model_copy(update={"evaluation": fits.evaluation.model_copy(update={"workers": 6})})
+    assert _on_the_cluster(few, _nodes(few)) == [
+        "the cluster at 127.0.0.1:6379 has 16 CPUs and 0 GPUs on 1 node(s)",
+        "evaluate begins with 1 bundle of 4 CPUs; to have all its workers the cluster must provide 6 bundles of 4 CPUs",
     ]
+    ranks = fits.policy.model_copy(update={"ranks": 5})
+    lacks = fits.model_copy(update={"policy": ranks})
+    lines = _on_the_cluster(lacks, _nodes(lacks))
+    assert lines[1].startswith("rl cannot begin: 1 of 5 bundles of 4 CPUs fit no node")
+    assert lines[2:] == ["unless the cluster grows within cluster.place_timeout_s = 30 s, a run stops at once"]

@@ -84,7 +84,7 @@ class Driver:
         self.incidents = Incidents(roles.pools, observer.say)
         self.clock = Clock()
         self.learners = Learners(config, roles, runtime)
-        self.elastic = Elastic(runtime, roles.rollout, observer.say)
+        self.elastic = Elastic(runtime, roles, observer.say)
         self.inference = Inference(config, roles, runtime, self.learners, observer.say)
         self.assembler = StepAssembler(config, folder, roles.assembler, runtime)
         self.start = DriverState(kl_coef=config.algorithm.kl_coef)

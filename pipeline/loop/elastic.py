@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from cluster.gang import Gang
 from cluster.pool import Pool
 from cluster.runtime import Runtime
 from cluster.scaling import PATIENCE, StepLoad, wanted
+from pipeline.loop.wiring import Roles
 
 
 class Elastic:
     """Moves seats, and asks for as many workers of the rollout pool as are worth their nodes."""
 
-    def __init__(self, runtime: Runtime, rollout: Pool, say: Callable[[str, str], None]) -> None:
+    def __init__(self, runtime: Runtime, roles: Roles, say: Callable[[str, str], None]) -> None:
         """say(kind, text): tells the user, once for each kind."""
         self._runtime = runtime
         self._seats = runtime.placed.seats
-        self._rollout = rollout
+        self._roles = roles
+        self._rollout = roles.rollout
         self._say = say
         self._loads: deque[StepLoad] = deque(maxlen=PATIENCE)
 
@@ -30,6 +33,24 @@ class Elastic:
         self._loads.append(
             StepLoad(seconds=sum(seconds.values()), waited=seconds.get("rollout", 0.0), chunks=chunks, workers=workers)
         )
+        if self._runtime.is_elastic:
+            self.compare_processors()
+
+    def compare_processors(self) -> None:
+        """Tell the user if processes compute on processors of different kinds."""
+        found = dict[str, str]()
+        groups: list[Gang | Pool] = [*self._roles.gangs.values(), *self._roles.pools]
+        for group in groups:
+            for worker in group.workers:
+                found.setdefault(worker.processor, f"{group.role} on {worker.node_ip}")
+        if len(found) > 1:
+            told = "; ".join(f"{who}: {kind}" for kind, who in found.items())
+            self._say(
+                "processors",
+                f"the nodes have processors of different kinds ({told}), which round differently, so the results "
+                "depend on which of them does what; for a run that repeats to the bit take nodes of one kind "
+                "(cluster.worker_labels)",
+            )
 
     def settle(self) -> None:
         """Let seats go and come; to be called when no pool has work or data that is needed."""

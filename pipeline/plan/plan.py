@@ -15,7 +15,7 @@ from rich.text import Text
 
 from actors.config import Dtype, settled
 from actors.device import matrix_speed
-from cluster.placement import NodeResources, Placement, place, shortages, usable_cores
+from cluster.placement import NodeResources, Placement, described, place, shortages, usable_cores
 from cluster.session import Session, cluster_address
 from pipeline.config.rules import check
 from pipeline.config.run_config import RunConfig
@@ -213,19 +213,23 @@ def _on_the_cluster(config: RunConfig, nodes: Sequence[NodeResources]) -> list[s
         f"{sum(node.cpus for node in nodes):g} CPUs and {sum(node.gpus for node in nodes):g} GPUs on {len(nodes)} "
         "node(s)"
     )
-    lacking = {
-        name: reasons
-        for name, placement in placements(config, stages_of(config)).items()
-        if (reasons := shortages(placement, nodes))
-    }
-    if not lacking:
-        return [f"the cluster at {address} has {there}: every stage fits"]
-    lines = [f"{name} does not fit: {' '.join(reasons)}" for name, reasons in lacking.items()]
-    return [
-        f"the cluster at {address} has {there}; unless it grows within cluster.place_timeout_s = "
-        f"{config.cluster.place_timeout_s:g} s, a run stops at once:",
-        *lines,
-    ]
+    lines = [f"the cluster at {address} has {there}"]
+    stops = False
+    for name, placement in placements(config, stages_of(config)).items():
+        if reasons := shortages(placement.least, nodes):
+            stops = True
+            lines.append(f"{name} cannot begin: {' '.join(reasons)}")
+        elif shortages(placement, nodes):
+            least, whole = described(placement.least), described(placement)
+            lines.append(f"{name} begins with {least}; to have all its workers the cluster must provide {whole}")
+    if len(lines) == 1:
+        return [f"{lines[0]}: every stage fits"]
+    if stops:
+        lines.append(
+            "unless the cluster grows within cluster.place_timeout_s = "
+            f"{config.cluster.place_timeout_s:g} s, a run stops at once"
+        )
+    return lines
 
 
 def _arithmetic(config: RunConfig) -> str:
