@@ -7,6 +7,7 @@ first, as a deleted pod or a spot machine that is taken back.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,8 @@ from pathlib import Path
 from ports import free_port
 
 RAY = (sys.executable, str(Path(__file__).with_name("forked_workers.py")), "ray")
-_START_S = 90.0
+_HEAD = "f" * 51 + "00000"  # id of an autoscaling head
+_START_S = 180.0
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class Cluster:
 
     environment: dict[str, str]
     port: int
+    of_nodes: dict[str, str]  # what the nodes have in their environment besides
     nodes: list[Node] = field(default_factory=list)
 
     @property
@@ -67,10 +70,18 @@ class Cluster:
         """Start one more node, and wait until it has joined."""
         number = max(node.number for node in self.nodes) + 1
         joining = (f"--address=127.0.0.1:{self.port}", f"--num-cpus={cpus}", *options)
-        node = _start(number, self.environment, *joining)
+        node = _start(number, self.environment | self.of_nodes, *joining)
         self.nodes.append(node)
         _await(lambda: "Ray runtime started" in _log(node), node)
         return node
+
+    def alive(self) -> int:
+        """The number of nodes that Ray knows and believes alive, the head among them."""
+        code = "import ray; ray.init(logging_level=40); print(sum(node['Alive'] for node in ray.nodes()))"
+        asked = subprocess.run(
+            [sys.executable, "-c", code], env=self.environment, capture_output=True, text=True, timeout=120, check=True
+        )
+        return int(asked.stdout)
 
     def close(self) -> None:
         for node in reversed(self.nodes):
@@ -81,7 +92,53 @@ class Cluster:
 @contextlib.contextmanager
 def cluster(head_cpus: int, *, notice_s: float = 30.0) -> Iterator[Cluster]:
     """A cluster that has only its head. notice_s: how long a node drains at SIGTERM."""
+    yield from _from_head(head_cpus, free_port(), {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(notice_s)})
+
+
+@contextlib.contextmanager
+def autoscaling_cluster(head_cpus: int, worker_cpus: int, most: int, idle_s: float) -> Iterator[Cluster]:
+    """A head with Ray's own autoscaler, whose nodes are processes of this machine.
+
+    most: worker nodes. idle_s: after so long without work a node is taken away.
+    """
     port = free_port()
+    nodes = {
+        "head": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
+        "worker": {
+            "resources": {"CPU": worker_cpus, "object_store_memory": 100_000_000},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": most,
+        },
+    }
+    fake = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    provider = {"type": "external", "module": fake, "head_node_id": _HEAD, "gcs_address": f"127.0.0.1:{port}"}
+    switches = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check", "launch_multiple")
+    settings = {
+        "cluster_name": "fake",
+        "max_workers": most,
+        "provider": provider | dict.fromkeys(switches, True),
+        "available_node_types": nodes,
+        "head_node_type": "head",
+        "idle_timeout_minutes": idle_s / 60,
+        **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
+        **dict.fromkeys(("cluster_synced_files", "initialization_commands", "setup_commands"), []),
+        **{f"{kind}_{what}": [] for kind in ("head", "worker") for what in ("setup_commands", "start_ray_commands")},
+    }
+    environment = {
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_CLOUD_INSTANCE_ID": _HEAD,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD,
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(json.dumps(settings))
+        file.flush()
+        yield from _from_head(head_cpus, port, environment, f"--autoscaling-config={file.name}")
+
+
+def _from_head(head_cpus: int, port: int, more: dict[str, str], *options: str) -> Iterator[Cluster]:
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "PYTHONPATH"
     }
@@ -89,18 +146,18 @@ def cluster(head_cpus: int, *, notice_s: float = 30.0) -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(notice_s),
     }
     head = _start(
         1,
-        environment,
+        environment | more,
         "--head",
         f"--port={port}",
         "--include-dashboard=false",
         f"--num-cpus={head_cpus}",
         f"--ray-client-server-port={free_port()}",
+        *options,
     )
-    found = Cluster(environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, port, [head])
+    found = Cluster(environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, port, more, [head])
     try:
         _await(lambda: "Ray runtime started" in _log(head), head)
         yield found

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from raylets import Cluster, cluster
+from raylets import Cluster, autoscaling_cluster, cluster
 from run_helpers import environment
 
 GATED = '''
@@ -170,6 +170,23 @@ def test_learners_go_on_elsewhere_when_their_node_is_gone_or_about_to_leave(quie
     assert account["issued"] == account["trained"] == 24 * 8
     (moved,) = re.findall(r"INFO the learners' node is about to leave; back to step (\d+)", log)
     assert f"step {int(moved) - 1} is done" in log, "what was done was committed first"
+
+
+@pytest.mark.slow
+def test_an_autoscaler_brings_nodes_for_the_run_and_takes_them_back(quiet: bytes, tmp_path: Path) -> None:
+    with autoscaling_cluster(2, 2, most=2, idle_s=6) as nodes:
+        run = Run(tmp_path, nodes.environment)
+        at = run.await_line("2 of 3 bundles have no place yet; the run begins without them")
+        with run.held():
+            assert "rollout[0] ready" not in run.log[:at]
+            run.await_line(r"rollout\[1\] ready: ", at)
+            run.await_line(r"rollout\[2\] ready: ", at)
+            assert nodes.alive() == 3
+        run.end()
+        until = time.monotonic() + PATIENCE_S
+        while nodes.alive() > 1:
+            assert time.monotonic() < until, "the nodes were not given back"
+    assert run.weights == quiet
 
 
 def ready(run: Run, who: str) -> str:
