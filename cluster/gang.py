@@ -162,8 +162,12 @@ class Gang:
         self.is_connected = False  # whether its ranks have met, and `close` has not killed them since
 
     def start(self) -> None:
-        """Start all ranks; returns at once."""
-        self._handles = [self._spawn(rank) for rank in range(self.ranks)]
+        """Start all ranks; returns at once. Raises RunError when a seat has no node."""
+        started = [self._spawn(rank) for rank in range(self.ranks)]
+        self._handles = [handle for handle in started if handle is not None]
+        if len(self._handles) < self.ranks:
+            who = f"{self.role}[{started.index(None)}]"
+            raise RunError(who, "start", "its seat has no node", fault=Fault.WORKER_LOST)
         self._logs = []
         for rank, handle in enumerate(self._handles):
             self._pulse.follow(f"{self.role}[{rank}]", handle)
@@ -255,6 +259,7 @@ class Gang:
 
         Raises RunError if it was in none, so that the owner need not wait for its next call to hear of it.
         """
+        self.is_connected = False
         who, cause = f"{self.role}[{index}]", "its node is gone"
         if lost and self._handles and not self._pump.lose(who, cause):
             raise RunError(who, "waiting for its next call", cause, fault=Fault.WORKER_LOST)

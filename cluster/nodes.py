@@ -20,6 +20,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _PROBE_S = 0.5  # longest wait for the answers of all ports together
+_SILENT_S = 3.0  # silence of a port, of a node on which a process was lost, that means that the machine is gone
 
 
 class Nodes:
@@ -67,12 +68,16 @@ class Nodes:
         return True
 
     def ask(self, node: str) -> bool:
-        """Whether a node is gone; asks its port now."""
-        self.gone |= self._refusing([node])
+        """Whether a node is gone; asks its port now.
+
+        To be called when a process there was lost: then silence means that the machine is gone, too.
+        """
+        if node not in self.gone:
+            self.gone |= self._refusing([node], with_silent=True)
         return node in self.gone
 
-    def _refusing(self, nodes: Collection[str]) -> set[str]:
-        """Those of these nodes whose port refuses a connection. All are asked at once; silence proves nothing."""
+    def _refusing(self, nodes: Collection[str], with_silent: bool = False) -> set[str]:
+        """Those of these nodes whose port refuses a connection. All are asked at once; silence alone proves nothing."""
         found, asked = set(), dict[socket.socket, str]()
         for node in nodes:
             if node not in self._ports:
@@ -87,13 +92,16 @@ class Nodes:
         with selectors.DefaultSelector() as waiting:
             for connection in asked:
                 waiting.register(connection, selectors.EVENT_WRITE)
-            deadline = time.monotonic() + _PROBE_S
+            deadline = time.monotonic() + (_SILENT_S if with_silent else _PROBE_S)
             while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
                 for key, _ in waiting.select(left):
                     waiting.unregister(key.fileobj)
                     assert isinstance(key.fileobj, socket.socket)
-                    if key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED:
+                    error = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if error == errno.ECONNREFUSED or (error and with_silent):
                         found.add(asked[key.fileobj])
+            silent = [key.fileobj for key in waiting.get_map().values()] if with_silent else []
+            found |= {asked[connection] for connection in silent if isinstance(connection, socket.socket)}
         for connection in asked:
             with suppress(OSError):
                 connection.close()

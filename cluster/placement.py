@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.config import ClusterConfig
@@ -79,9 +79,10 @@ class Placement:
     @property
     def least(self) -> Placement:
         """The core alone, with which the run begins and goes on."""
+        numbers = {bundle: number for number, bundle in enumerate(self.core)}
         return Placement(
             bundles=tuple(self.bundles[number] for number in self.core),
-            slots=tuple(slot for slot in self.slots if slot.bundle in self.core),
+            slots=tuple(replace(slot, bundle=numbers[slot.bundle]) for slot in self.slots if slot.bundle in numbers),
             core=tuple(range(len(self.core))),
         )
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_SPARED = 8  # nodes that may be lost over one piece of work before it is suspected of killing them
+
 
 @dataclass(slots=True, eq=False)
 class _Task:
@@ -195,9 +197,7 @@ class Pool:
         self._workers[self._workers.index(worker)] = _Worker(worker.index, node="", unplaced=True)
         self.replaced += lost
         if task is not None and not task.dropped:
-            self._queue.appendleft(_Task(task.work, task.attempt + 1, task.spared + 1))
-            if task.work.on_retry is not None:
-                task.work.on_retry()
+            self._again(task)
         self._hope_for_a_node()
         self._dispatch()
 
@@ -232,7 +232,7 @@ class Pool:
         """Wait for a node, but not for ever, if no worker of the pool has one."""
         if self._hope is None and self._workers and all(worker.unplaced for worker in self._workers):
             within_s = self._config.node_timeout_s
-            self._pump.patient(within_s + 1)
+            self._pump.patient(within_s + self._config.ready_timeout_s + 1)
             self._hope = self._pump.later(within_s, self._no_node)
 
     def _give_up_hope(self) -> None:
@@ -349,9 +349,12 @@ class Pool:
             work.on_input_lost()
             taken_back = True
         lost = fault in (Fault.WORKER_LOST, Fault.EXPIRED)
-        # nodes come and go, and a run on such nodes must last: only what happens on living nodes counts
-        is_incident = lost and not self.is_gone(worker.index)
-        incidents = self._incidents.add(time.monotonic(), worker.node, work.cause) if is_incident else 0
+        # nodes come and go, and a run on such nodes must last: only what happens on living ones counts
+        gone = lost and self.is_gone(worker.index)
+        if gone and task.spared < MOST_SPARED and not task.dropped:
+            self._again(task)
+            return True
+        incidents = self._incidents.add(time.monotonic(), worker.node, work.cause) if lost and not gone else 0
         attempt, attempts = (
             0 if taken_back or task.dropped else task.attempt - task.spared,
             work.attempts or self._config.max_attempts,
@@ -365,6 +368,12 @@ class Pool:
             if work.on_retry is not None:
                 work.on_retry()
         return decision.replace
+
+    def _again(self, task: _Task) -> None:
+        """Do the work again that was lost with a node; that does not count as an attempt."""
+        self._queue.appendleft(_Task(task.work, task.attempt + 1, task.spared + 1))
+        if task.work.on_retry is not None:
+            task.work.on_retry()
 
     def _replace(self, worker: _Worker, phase: str, fault: Fault, after_s: float = 0.0) -> None:
         """Seat a new worker in place of one that is lost or hangs, at once or after a delay."""

@@ -51,7 +51,7 @@ def wanted(loads: Sequence[StepLoad], *, held: int, core: int, most: int) -> int
     if not loads:
         return held
     useful = min(most, max(0, max(load.chunks for load in loads) - core))
-    if held > useful:
+    if held > useful and len(loads) >= PATIENCE:
         return useful
     if held < useful and loads[-1].hunger >= HUNGRY:
         return useful

@@ -153,7 +153,10 @@ class Session:
             seats.ask_rest()
             # what fits is there in a moment; nobody waits for what does not
             room = self._is_local or not shortages(placement, self.nodes())
-            seats.wait(core=False, timeout_s=_MOMENT_S if room else 0.5, check=self.check)
+            moment_s = self._config.place_timeout_s if self._is_local else _MOMENT_S if room else 0.5
+            seats.wait(core=False, timeout_s=moment_s, check=self.check)
+            if seats.waiting and self._is_local:  # nothing will come there
+                self._refuse([f"a local Ray gave no place to {seats.waiting} bundles within {moment_s:g} s."])
             if seats.waiting:
                 told = f"{seats.waiting} of {len(placement.bundles)} bundles have no place yet"
                 say(f"{told}; the run begins without them")

@@ -121,8 +121,8 @@ def autoscaling_cluster(head_cpus: int, worker_cpus: int, most: int, idle_s: flo
         "available_node_types": nodes,
         "head_node_type": "head",
         "idle_timeout_minutes": idle_s / 60,
-        **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
-        **dict.fromkeys(("cluster_synced_files", "initialization_commands", "setup_commands"), []),
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        **{key: [] for key in ("cluster_synced_files", "initialization_commands", "setup_commands")},
         **{f"{kind}_{what}": [] for kind in ("head", "worker") for what in ("setup_commands", "start_ray_commands")},
     }
     environment = {

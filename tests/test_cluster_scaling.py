@@ -18,8 +18,9 @@ def load(hunger: float, *, workers: int = 4, chunks: int = 16) -> StepLoad:
     [
         ([], 2, 2, "nothing is known yet"),
         ([load(0.5)], 3, 7, "the learners wait: all that the recipe allows"),
-        ([load(0.5, chunks=4)], 7, 3, "four chunks keep four workers busy, one of them in the core"),
-        ([load(0.5, chunks=1)], 2, 0, "one chunk needs one worker, which is in the core"),
+        ([load(0.5, chunks=4)] * PATIENCE, 7, 3, "four chunks keep four workers busy, one of them in the core"),
+        ([load(0.5, chunks=4)], 7, 7, "one may be chance"),
+        ([load(0.5, chunks=1)] * PATIENCE, 2, 0, "one chunk needs one worker, which is in the core"),
         ([load(0.2)] * 20, 3, 3, "they wait a little: as it is"),
         ([load(0.05)] * (PATIENCE - 1), 3, 3, "one may be chance"),
         ([load(0.05)] * PATIENCE, 3, 2, "they hardly wait"),

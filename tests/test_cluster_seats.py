@@ -12,6 +12,7 @@ import pytest
 from cluster.faults import Fault, RunError
 from cluster.nodes import Nodes
 from cluster.placement import Placement, RoleDemand, plan_placement
+from cluster.reserved import Reservations
 from cluster.seats import Seats
 
 
@@ -32,16 +33,16 @@ class Cluster:
                 if node not in group.avoided
                 for _ in range(room - self.used(node))
             ]
-            if not group.nodes and len(free) >= len(group.bundles):
-                group.nodes = dict(enumerate(free[: len(group.bundles)]))
+            if not group.nodes and len(free) >= group.size:
+                group.nodes = dict(enumerate(free[: group.size]))
 
     def used(self, node: str) -> int:
         return sum(list(group.nodes.values()).count(node) for group in self.groups)
 
 
 class Group:
-    def __init__(self, bundles: tuple[int, ...], avoided: frozenset[str]) -> None:
-        self.bundles, self.avoided, self.nodes = bundles, avoided, dict[int, str]()
+    def __init__(self, size: int, avoided: frozenset[str]) -> None:
+        self.size, self.avoided, self.nodes = size, avoided, dict[int, str]()
 
 
 class View(Nodes):
@@ -54,24 +55,32 @@ class View(Nodes):
         return node in self.gone
 
 
-class FakeSeats(Seats):
-    def __init__(self, placement: Placement, cluster: Cluster) -> None:
-        super().__init__(placement)
-        self.nodes, self.cluster = View(), cluster
+class Desk(Reservations):
+    """Takes requests as Ray would. is_silent: it does not answer."""
 
-    def _reserve(self, bundles: tuple[int, ...]) -> tuple[Any, frozenset[str]]:
-        group = Group(bundles, frozenset(self.nodes.haunted))
-        self.cluster.groups.append(group)
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.is_silent = cluster, False
+
+    def reserve(self, bundles: Any, labels: Any, avoided: Any) -> Any | None:
+        if self.is_silent:
+            return None
+        self.cluster.groups.append(Group(len(bundles), frozenset(avoided)))
         self.cluster.schedule()
-        return group, group.avoided
+        return self.cluster.groups[-1]
 
-    def _places(self, group: Any) -> dict[int, str]:
+    def places(self, group: Any) -> dict[int, str]:
         self.cluster.schedule()
         return dict(group.nodes)
 
-    def _remove(self, group: Any) -> None:
+    def remove(self, group: Any) -> None:
         self.cluster.groups.remove(group)
         self.cluster.schedule()
+
+
+class FakeSeats(Seats):
+    def __init__(self, placement: Placement, cluster: Cluster) -> None:
+        self.cluster, self.desk = cluster, Desk(cluster)
+        super().__init__(placement, reservations=self.desk, nodes=View())
 
 
 class Tenant:

@@ -135,6 +135,8 @@ class Driver:
     def _train(self) -> None:
         for step in self.remaining_steps():
             self.settle()
+            if self.state.step != step:  # the newest commit could not be read
+                continue
             self.keep_generating()
             self.commit()
             batch = self.take(step)
@@ -166,6 +168,7 @@ class Driver:
             self.commit(now=True)
             self.observer.phase("move")
             self._go_back(frozenset(), "the learners' node is about to leave")
+            self.clock = Clock()
 
     def keep_generating(self) -> None:
         """Fill the pools' queues and return at once. Consumes: the current weights."""
@@ -249,7 +252,7 @@ class Driver:
         self.state = self._state_after(update.batch.step + 1)
         self.clock.lap("record")
         incidents, seconds = self.incidents.of_step(collected, self.elastic.unplaced), dict(self.clock.seconds)
-        self.elastic.step(seconds, chunks=len(update.batch.chunks))
+        self.elastic.step(seconds, chunks=len(update.batch.chunks) + len(update.batch.emptied))
         counts = StepCounts(account=account, collected=collected, seconds=seconds, incidents=incidents)
         self.observer.step(step_metrics(update, counts, version=self.weights.version, kl_coef=kl_coef))
 
@@ -262,7 +265,8 @@ class Driver:
         """
         decision = decide(error, gangs=self.roles.gangs.keys(), in_a_row=self.rolled_back, config=self.config.cluster)
         decision.stop_if_hopeless(error, in_a_row=self.rolled_back)
-        self.rolled_back += 1
+        # nodes come and go; only what fails on living ones is counted against the run
+        self.rolled_back += not self.elastic.has_lost_nodes()
         self.incidents.rolled_back += 1
         log.warning("recovering from: %s", error)
         self.observer.phase("recover")
@@ -277,8 +281,10 @@ class Driver:
         A stop ends the wait for a node (StopNow), but nothing after it.
         """
         started = time.monotonic()
+        for pool in self.roles.pools:  # first: it may need what is lost
+            pool.drop_work()
         try:
-            if self.elastic.find_places():
+            if self.elastic.find_places(rebuilds=bool(rebuild)):
                 rebuild = frozenset(self.roles.gangs)
             with self.stop.held():
                 commit = self.checkpoints.latest(self.observer.remark)

@@ -25,6 +25,7 @@ class Elastic:
         self._roles = roles
         self._rollout = roles.rollout
         self._say = say
+        self._departures = 0
         self._loads: deque[StepLoad] = deque(maxlen=PATIENCE)
 
     def step(self, seconds: Mapping[str, float], chunks: int) -> None:
@@ -57,9 +58,12 @@ class Elastic:
         if not self._runtime.is_elastic:
             return
         self._seats.settle()
+        self._seats.ask_again()
         role = self._rollout.role
         held, most = self._seats.held(role), self._seats.most(role)
         now = wanted(tuple(self._loads), held=held, core=self._rollout.size - most, most=most)
+        if now < held and not (self._rollout.is_ready and not self._rollout.absent):
+            return  # who is not ready may be the one that would stay
         if now != held:
             self._say("resized", f"the {role} pool has {self._rollout.size - most + now} workers from now on")
             self._seats.resize(role, now)
@@ -75,13 +79,22 @@ class Elastic:
         """Whether a node of the learners is about to leave, and there is a place for them elsewhere."""
         return self._runtime.is_elastic and self._seats.core_can_move
 
-    def find_places(self) -> bool:
+    def has_lost_nodes(self) -> bool:
+        """Whether a node that was in use has gone or was left since the last call."""
+        before, self._departures = self._departures, self._seats.departures
+        return self._departures > before
+
+    def find_places(self, *, rebuilds: bool) -> bool:
         """Find other nodes for the learners if theirs are gone or about to leave, and wait for them.
 
-        Returns whether it was so: then every gang must be rebuilt. Raises RunError when none came in time.
+        rebuilds: whether learners will be started, which Ray does not do on a node that is about to leave. Returns
+        whether it was so: then every gang must be rebuilt. Raises RunError when none came in time.
         """
-        if not self._runtime.is_elastic or not (self._seats.core_is_lost or self._seats.core_can_move):
+        if not self._runtime.is_elastic:
             return False
-        self._seats.move_core()
+        seats = self._seats
+        if not (seats.core_is_lost or seats.core_can_move or (rebuilds and seats.core_is_leaving)):
+            return False
+        seats.move_core()
         self._runtime.await_core()
         return True

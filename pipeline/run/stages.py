@@ -5,6 +5,7 @@ sft --finetuned/--> reward --reward-model/--> rl --policy/--> evaluate --report.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import RewardConfig
+from cluster.faults import Fault, RunError
 from cluster.placement import place
 from cluster.runtime import Runtime
 from cluster.session import Session
@@ -126,11 +128,30 @@ def carry_out(stage: StageName, run: Run, session: Session) -> None:
             run.progress.remark(f"{stage} is done again: {why}")
         run.stop.check()
         started = time.monotonic()
-        result = _STAGES[stage](run, session)
+        result = _with_lost_data(stage, run, session)
         done = run.chain.finish(stage, result, time.monotonic() - started)
         run.folder.copy()
         log.info("stage %s is done in %.1f s: %s", stage, time.monotonic() - started, json.dumps(result))
     run.results[stage] = done.result
+
+
+def _with_lost_data(stage: StageName, run: Run, session: Session) -> dict[str, Any]:
+    """Carry out a stage; do it again when a node took data of it along that nobody can make alone.
+
+    Reinforcement learning goes back to a commit instead, and fine-tuning to a checkpoint.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return _STAGES[stage](run, session)
+        except RunError as error:
+            if (
+                (stage != "evaluate" and stage != "reward")
+                or error.fault is not Fault.INPUT_LOST
+                or attempt == _ATTEMPTS
+            ):
+                raise
+            run.progress.remark(f"{stage}: a node is gone, and data with it ({error.who}, {error.phase}); begun again")
+    raise AssertionError
 
 
 def _sft(run: Run, session: Session) -> dict[str, Any]:
@@ -233,6 +254,7 @@ def _evaluate(run: Run, session: Session) -> dict[str, Any]:
     return {"gain": {name: asdict(judged.gain) for name, judged in found.judges.items()}}
 
 
+_ATTEMPTS = 3  # at a stage whose data nodes took along
 _STAGES: dict[StageName, Callable[[Run, Session], dict[str, Any]]] = {
     "sft": _sft,
     "reward": _reward,
