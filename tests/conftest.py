@@ -36,11 +36,13 @@ settings.register_profile(QUICK, parent=settings.get_profile("default"), max_exa
 
 ACTORS = "tests/test_actors_"  # the files whose tests share a pair of gloo ranks and need no Ray
 LONGEST = (
+    "test_cluster_nodes",
     "test_pipeline_resume",
     "test_pipeline_run",
     "test_pipeline_job",
     "test_pipeline_driver",
     "test_pipeline_bad_input",
+    "test_pipeline_mirror",
 )
 
 

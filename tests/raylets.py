@@ -103,7 +103,7 @@ def autoscaling_cluster(head_cpus: int, worker_cpus: int, most: int, idle_s: flo
     """
     port = free_port()
     nodes = {
-        "head": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
         "worker": {
             "resources": {"CPU": worker_cpus, "object_store_memory": 100_000_000},
             "node_config": {},
@@ -119,7 +119,7 @@ def autoscaling_cluster(head_cpus: int, worker_cpus: int, most: int, idle_s: flo
         "max_workers": most,
         "provider": provider | dict.fromkeys(switches, True),
         "available_node_types": nodes,
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
         "idle_timeout_minutes": idle_s / 60,
         **{key: {} for key in ("auth", "docker", "file_mounts")},
         **{key: [] for key in ("cluster_synced_files", "initialization_commands", "setup_commands")},
