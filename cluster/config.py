@@ -13,7 +13,8 @@ MOST_WORKERS = 4096  # processes of one role: more than anybody has, and few eno
 # a time-out; operating systems count milliseconds in 31 bits, which is 24 days
 Seconds = Annotated[float, Field(gt=0, le=1_000_000)]
 # of a node, as Ray has them
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9./_-]+=[^=\s]+$")]
+_VALUE = r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?"
+Label = Annotated[str, Field(pattern=rf"^[A-Za-z0-9./_-]+=!?({_VALUE}|in\({_VALUE}(,{_VALUE})*\))$")]
 LongSeconds = Annotated[float, Field(ge=0.1, le=1_000_000)]  # a time-out that is checked in coarser steps
 
 

@@ -325,6 +325,11 @@ RULES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         {"batch": {"group_size": 9}, "rollout": {"chunk_size": 8}},
         "rollout.chunk_size: must be >= batch.group_size = 9, got 8; a group is never split",
     ),
+    "more workers at the start than ever": (
+        {"rollout": {"workers": 2, "min_workers": 3}},
+        "rollout.min_workers: must be <= rollout.workers = 2, got 3; the run would wait for workers that it never asks "
+        "for",
+    ),
     "two rewards": (
         {"reward": {"function": "mine:f", "model": "folder"}},
         "reward: must have a function or a model, got both ('mine:f', 'folder'); remove one",

@@ -30,6 +30,7 @@ def check(config: RunConfig) -> RunConfig:
         _data_rules,
         _reward_rules,
         _batch_rules,
+        _pool_rules,
         _algorithm_rules,
         _sampling_rules,
         _environment_rules,
@@ -167,6 +168,15 @@ def _batch_rules(config: RunConfig) -> None:
             f"rollout.chunk_size: must be >= batch.group_size = {batch.group_size}, got {config.rollout.chunk_size}; a "
             "group is never split"
         )
+
+
+def _pool_rules(config: RunConfig) -> None:
+    for name, pool in (("rollout", config.rollout), ("reward", config.reward), ("reference", config.reference)):
+        if pool.min_workers > pool.workers:
+            raise ValueError(
+                f"{name}.min_workers: must be <= {name}.workers = {pool.workers}, got {pool.min_workers}; the run "
+                "would wait for workers that it never asks for"
+            )
 
 
 def _algorithm_rules(config: RunConfig) -> None:

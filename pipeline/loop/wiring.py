@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from actors.config import ReferenceConfig, RewardConfig, RolloutConfig
+from actors.config import RewardConfig
 from cluster.gang import Gang
 from cluster.placement import RoleDemand
 from cluster.pool import Pool
@@ -70,20 +70,27 @@ def demands(config: LoopConfig) -> list[RoleDemand]:
     """The workers and GPUs that each role of reinforcement learning needs."""
     asked = [
         RoleDemand(role="policy", workers=config.policy.ranks, gpus=config.policy.gpus, turn="learn"),
-        _workers("rollout", config.rollout),
-        _workers("reward", config.reward),
+        RoleDemand(
+            role="rollout", workers=config.rollout.workers, gpus=config.rollout.gpus, fewest=config.rollout.min_workers
+        ),
+        RoleDemand(
+            role="reward", workers=config.reward.workers, gpus=config.reward.gpus, fewest=config.reward.min_workers
+        ),
     ]
     if config.algorithm.needs_reference:
-        asked.append(_workers("reference", config.reference))
+        asked.append(
+            RoleDemand(
+                role="reference",
+                workers=config.reference.workers,
+                gpus=config.reference.gpus,
+                fewest=config.reference.min_workers,
+            )
+        )
     if config.algorithm.needs_critic:
         asked.append(RoleDemand(role="critic", workers=config.critic.ranks, gpus=config.critic.gpus, turn="learn"))
     if config.manager.options:
         asked.append(RoleDemand(role="manager", workers=1, gpus=0, turn="learn"))
     return asked
-
-
-def _workers(role: str, pool: RolloutConfig | RewardConfig | ReferenceConfig) -> RoleDemand:
-    return RoleDemand(role=role, workers=pool.workers, gpus=pool.gpus, fewest=min(pool.min_workers, pool.workers))
 
 
 def check_critic(config: LoopConfig, model: str) -> None:
