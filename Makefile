@@ -15,13 +15,14 @@ STAMP := .venv/.installed
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check chaos lint bench clean
+.PHONY: help install quickstart test check chaos chaos-cluster lint bench clean
 
 help:
 	@echo "make quickstart   install, then fine-tune and align a small GPT-2 (about 4 minutes on 2 cores)"
 	@echo "make test         install, then ruff, mypy, import contracts and every test (about 20 minutes on 2 cores)"
 	@echo "make check        the quick part of it (about 2 minutes)"
 	@echo "make chaos        runs whose processes are killed at random moments (about 25 minutes)"
+	@echo "make chaos-cluster  one run on nodes that die, drain and join, and whose processes die and stop"
 	@echo "make bench        timings against transformers' generate; which algorithm learns how fast: tests/benchmarks/learning.py"
 	@echo "make install      only make .venv"
 
@@ -57,7 +58,11 @@ check: lint
 
 chaos: $(STAMP)
 	@echo "== processes are killed and stopped; runs must end as if nothing had happened"
-	$(BIN)/python -m pytest -s tests/chaos/chaos_*.py $(ARGS)
+	$(BIN)/python -m pytest -s tests/chaos/chaos_processes.py tests/chaos/chaos_driver.py $(ARGS)
+
+chaos-cluster: $(STAMP)
+	@echo "== nodes and processes of a cluster die, stop, drain and join; the run must end as if nothing had happened"
+	$(BIN)/python -m pytest -s tests/chaos/chaos_cluster.py $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/generation.py $(ARGS)
