@@ -1,5 +1,5 @@
-"""Processes and nodes of one cluster die, stop, drain and join in one run, thirty times and more, as a seed decides: the
-run ends, the ledger balances, nothing is trained twice, the same final weights as on one quiet machine.
+"""Processes and nodes of one cluster die, stop, drain and join in one run, thirty times and more, as a seed decides:
+the run ends, the ledger balances, nothing is trained twice, the same final weights as on one quiet machine.
 
 Not part of `make test`: `make chaos-cluster` runs it. Prints how long the run took to recover from each kind of event,
 and the share of useful time. RAYLIGN_CHAOS_SEED and RAYLIGN_CHAOS_EVENTS change the order and the number.
@@ -57,7 +57,7 @@ class Story:
         self.folder, self.run_dir, self.nodes = folder, folder / "run", nodes
         self.moments = random.Random(SEED)
         self.recovered: dict[str, list[float]] = {}
-        self.driver = self.start("train", *RECIPE, "--run-dir", str(self.run_dir))
+        self.driver = self.start("run", *RECIPE, "--run-dir", str(self.run_dir))
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         with (self.folder / "output").open("a") as output:
@@ -142,7 +142,7 @@ def folder() -> Iterator[Path]:
 def quiet(folder: Path) -> Path:
     """The same run on one machine to which nothing happens."""
     done = subprocess.run(
-        [sys.executable, FORKED, "run", "train", *RECIPE, "--run-dir", str(folder / "quiet")],
+        [sys.executable, FORKED, "run", "run", *RECIPE, "--run-dir", str(folder / "quiet")],
         env=environment() | {"RAY_TMPDIR": str(folder)},
         cwd=folder,
         capture_output=True,
