@@ -29,14 +29,18 @@ from run_helpers import assert_same, environment, final_commit, learning, metric
 
 SEED, EVENTS = int(os.environ.get("RAYLIGN_CHAOS_SEED", "7")), int(os.environ.get("RAYLIGN_CHAOS_EVENTS", "32"))
 FORKED = str(Path(__file__).parents[1] / "forked_workers.py")
-STEPS, SAMPLES = 4 * EVENTS + 12, 8
+STEPS, SAMPLES = 8 * EVENTS + 20, 8
 PATIENCE_S = 240.0
 SLOW = '''
-import time
+import pathlib, time
+
+GATE = pathlib.Path(__file__).with_name("gate")
 
 def reward(prompts, responses, metadata):
-    """The share of one letter, after a little while, so that an event meets the middle of a step."""
+    """The share of one letter, after a little while, so that an event meets the middle of a step; waits at a gate."""
     time.sleep(0.15)
+    while GATE.exists():
+        time.sleep(0.02)
     return [response.count("a") / max(1, len(response)) for response in responses]
 '''
 RECIPE = [
@@ -45,6 +49,7 @@ RECIPE = [
     *("--batch.prompts", str(SAMPLES), "--batch.epochs", "1", "--rollout.slots", "8", "--rollout.chunk-size", "2"),
     *("--rollout.workers", "3", "--reward.workers", "2", "--reference.workers", "2"),
     *("--policy.ranks", "2", "--policy.micro-batch-size", "4", "--reward.function", "slow:reward"),
+    *("--reward.timeout-s", "300"),
     *("--cluster.cpus-per-bundle", "1", "--cluster.start-timeout-s", "300", "--cluster.pulse-timeout-s", "6"),
     *("--cluster.peer-timeout-s", "10", "--cluster.max-replacements", "60", "--cluster.max-rebuilds", "6"),
 ]
@@ -87,10 +92,10 @@ class Story:
     # ---- what may happen ----
 
     def signal_one(self, number: signal.Signals, *roles: str) -> str:
-        """Signal a living process of one of these roles."""
+        """Signal a living process of one of these roles, when there is one."""
         log = (self.run_dir / "log" / "driver.log").read_text()
         newest = dict(re.findall(rf"((?:{'|'.join(roles)})\[\d\]) ready: pid (\d+)", log))
-        living = sorted(who for who, pid in newest.items() if is_worker(int(pid)))
+        living = sorted(who for who, pid in newest.items() if is_running(int(pid)))
         assert living, f"no process of {roles}"
         who = self.moments.choice(living)
         with suppress(ProcessLookupError):
@@ -98,9 +103,14 @@ class Story:
         return who
 
     def kill_driver(self) -> str:
+        log = self.run_dir / "log" / "driver.log"
         self.driver.kill()
         self.driver.wait(timeout=30)
+        at, until = len(log.read_text()), time.monotonic() + PATIENCE_S
         self.driver = self.start("resume", str(self.run_dir))
+        while "reinforce begins" not in log.read_text()[at:]:
+            assert self.driver.poll() is None and time.monotonic() < until, self.told()
+            time.sleep(0.02)
         return "resumed"
 
     def some_node(self) -> Node:
@@ -109,24 +119,30 @@ class Story:
     def kill_node(self) -> str:
         node = self.some_node()
         node.kill()
-        self.nodes.add(2)
         return node.ip
 
     def drain_node(self) -> str:
         node = self.some_node()
-        self.nodes.add(2)
         node.drain()
         return node.ip
+
+    def replenish(self) -> None:
+        """Have four nodes again: one more than are needed. The run stands meanwhile, since a node takes long to start."""
+        gate = self.folder / "gate"
+        gate.touch()
+        while sum(node.is_alive for node in self.nodes.nodes[1:]) < 4:
+            self.nodes.add(1)
+        gate.unlink()
 
     def told(self) -> str:
         log = self.run_dir / "log" / "driver.log"
         return f"{(self.folder / 'output').read_text()[-2000:]}\n{log.read_text()[-4000:] if log.is_file() else ''}"
 
 
-def is_worker(pid: int) -> bool:
-    """Whether a process lives, and is no zombie."""
+def is_running(pid: int) -> bool:
+    """Whether a process lives, and is neither a zombie nor stopped."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZXT"
     return False
 
 
@@ -156,8 +172,8 @@ def quiet(folder: Path) -> Path:
 @pytest.mark.timeout(3600)
 def test_a_run_on_a_cluster_that_is_never_quiet(folder: Path, quiet: Path) -> None:
     with cluster(0, notice_s=40) as nodes:
-        for _ in range(3):
-            nodes.add(2)
+        for _ in range(4):
+            nodes.add(1)
         story = Story(folder, nodes)
         story.await_step(1)
         workers, ranks = ("rollout", "reward", "reference"), ("policy", "critic")
@@ -167,14 +183,15 @@ def test_a_run_on_a_cluster_that_is_never_quiet(folder: Path, quiet: Path) -> No
             "kill a rank": lambda: story.signal_one(signal.SIGKILL, *ranks),
             "stop a rank": lambda: story.signal_one(signal.SIGSTOP, *ranks),
             "kill the driver": story.kill_driver,
-            "kill a node, add one": story.kill_node,
-            "add a node, drain one": story.drain_node,
+            "kill a node": story.kill_node,
+            "drain a node": story.drain_node,
         }
         order = [kind for _ in range(-(-EVENTS // len(kinds))) for kind in kinds]
         random.Random(SEED).shuffle(order)
         print(f"\nseed {SEED}, {len(order)} events")
         for kind in order:
             story.happen(kind, kinds[kind])
+            story.replenish()
         assert steps_done(story.run_dir) < STEPS, "the run was over before the last event"
         story.driver.wait(timeout=600)
         assert story.driver.returncode == 0, story.told()
