@@ -127,7 +127,7 @@ class Story:
         return node.ip
 
     def replenish(self) -> None:
-        """Have four nodes again: one more than are needed. The run stands meanwhile, since a node takes long to start."""
+        """Have four nodes again, one more than are needed. The run stands meanwhile: a node takes long to start."""
         gate = self.folder / "gate"
         gate.touch()
         while sum(node.is_alive for node in self.nodes.nodes[1:]) < 4:
