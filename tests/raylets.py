@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,11 +78,14 @@ class Cluster:
 
     def alive(self) -> int:
         """The number of nodes that Ray knows and believes alive, the head among them."""
-        code = "import ray; ray.init(logging_level=40); print(sum(node['Alive'] for node in ray.nodes()))"
+        code = (
+            "import ray; ray.init(logging_level=40, log_to_driver=False);"
+            "print('alive:', sum(node['Alive'] for node in ray.nodes()))"
+        )
         asked = subprocess.run(
             [sys.executable, "-c", code], env=self.environment, capture_output=True, text=True, timeout=120, check=True
         )
-        return int(asked.stdout)
+        return int(re.findall(r"alive: (\d+)", asked.stdout)[-1])  # the autoscaler may speak on this channel, too
 
     def close(self) -> None:
         for node in reversed(self.nodes):
