@@ -24,7 +24,7 @@ from cluster.storage import Folder, StoredFile, files_in
 from pipeline.evaluation.examiner import Examiner
 
 if TYPE_CHECKING:
-    from actors.learner.learner import LearnerReady, ShardReport, UpdatePlan, UpdateReport
+    from actors.learner.learner import LearnerReady, ShardReport, UpdatePlan, UpdateReport, VersionReport
     from actors.weights import Manifest
 
 
@@ -256,6 +256,17 @@ class FakeLearner:
         from actors.weights import Manifest
 
         return Manifest(names=(), shapes=(), dtype="float32", offsets=(), checksum=f"version {version}"), None
+
+    def keep_version(self, folder: str, source: Any) -> StoredFile:
+        """A version is known by its checksum alone."""
+        return Folder(folder).write_file(
+            f"version-{source.version}.safetensors", lambda path: path.write_text(source.checksum)
+        )
+
+    def read_version(self, folder: str, name: str, version: int) -> tuple[VersionReport, None]:
+        from actors.learner.learner import VersionReport
+
+        return VersionReport(version=version, checksum=Folder(folder).read_text(name), manager=None), None
 
     def save(self, folder: str) -> ShardReport:
         """Its whole state is how many steps it has learned."""

@@ -23,7 +23,7 @@ STATE = DriverState(
     ledger=LedgerState(
         next_group=9,
         next_chunk=3,
-        open=(OpenChunk(number=2, first_group=6, groups=3, attempt=1),),
+        open=(OpenChunk(number=2, first_group=6, groups=3, step=3, version=3, attempt=1),),
         trained=3,
         filtered={"no variance": 2},
         quarantined={4: "error: x"},

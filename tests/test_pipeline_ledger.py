@@ -22,7 +22,7 @@ def through(ledger: Ledger, number: int, failed: dict[int, str] | None = None) -
 
 def test_sample_ids_are_dense_and_deterministic() -> None:
     ledger = Ledger(group_size=4)
-    first, second = ledger.issue(2, version=0), ledger.issue(3, version=0)
+    first, second = ledger.issue(2, step=0, version=0), ledger.issue(3, step=0, version=0)
     assert (first.first_sample, first.samples) == (0, 8)
     assert (second.first_group, second.first_sample, second.samples) == (2, 8, 12)
     assert second.trainable() == list(range(8, 20))
@@ -30,7 +30,7 @@ def test_sample_ids_are_dense_and_deterministic() -> None:
 
 def test_the_account_of_a_step() -> None:
     ledger = Ledger(group_size=2)
-    chunk = ledger.issue(3, version=0)
+    chunk = ledger.issue(3, step=0, version=0)
     assert ledger.check().in_flight == 6
     through(ledger, chunk.number, {3: "error: division by zero"})
     assert chunk.trainable() == [0, 1, 4, 5]
@@ -51,7 +51,7 @@ def test_groups_left_out_are_accounted_for_by_reason() -> None:
     same.
     """
     ledger = Ledger(group_size=2)
-    chunk = ledger.issue(4, version=0)
+    chunk = ledger.issue(4, step=0, version=0)
     ledger.generated(chunk.number)
     ledger.scored(chunk.number, {2: "error: a", 4: "error: b"}, flat=(0, 2))
     assert chunk.trainable() == [6, 7]
@@ -65,15 +65,12 @@ def test_groups_left_out_are_accounted_for_by_reason() -> None:
         0,
     )
     assert ledger.filtered == {"lost a member": 2, "no variance": 2}
-    assert (
-        Ledger.of(2, LedgerState.model_validate_json(ledger.state().model_dump_json()), version=1).state()
-        == ledger.state()
-    )
+    assert Ledger.of(2, LedgerState.model_validate_json(ledger.state().model_dump_json())).state() == ledger.state()
 
 
 def test_a_flat_group_of_another_chunk_is_noticed() -> None:
     ledger = Ledger(group_size=2)
-    chunk = ledger.issue(2, version=0)
+    chunk = ledger.issue(2, step=0, version=0)
     ledger.generated(chunk.number)
     with pytest.raises(AssertionError, match="chunk 0 does not hold all groups of"):
         ledger.scored(chunk.number, {}, flat=(2,))
@@ -83,18 +80,18 @@ def test_a_chunk_of_which_nothing_is_left_ends_with_the_step_and_is_shown_to_nob
     ledger = Ledger(group_size=2)
     buffer = Buffer(ledger, samples=2, max_staleness=0)
     for flat in ((0,), (), (2,)):
-        chunk = ledger.issue(1, version=0)
+        chunk = ledger.issue(1, step=0, version=0)
         buffer.put_rollouts(chunk.number, f"rollouts {chunk.number}")  # type: ignore[arg-type]
         buffer.put_scores(chunk.number, f"scores {chunk.number}")  # type: ignore[arg-type]
         ledger.generated(chunk.number)
         ledger.scored(chunk.number, {}, flat)
     batch = buffer.take(step=0, version=0)
-    assert (batch.chunks, batch.emptied, batch.rollouts, batch.sample_ids) == ((1,), (0,), ("rollouts 1",), (2, 3))
+    assert (batch.chunks, batch.emptied, batch.rollouts, batch.sample_ids) == ((1,), (0, 2), ("rollouts 1",), (2, 3))
 
 
 def test_training_a_sample_less_or_twice_is_noticed() -> None:
     ledger = Ledger(group_size=1)
-    chunk = ledger.issue(4, version=0)
+    chunk = ledger.issue(4, step=0, version=0)
     through(ledger, chunk.number)
     with pytest.raises(AssertionError, match="trained 5 samples, the ledger gave it 4"):
         ledger.close([chunk.number], trained=5)
@@ -102,7 +99,7 @@ def test_training_a_sample_less_or_twice_is_noticed() -> None:
 
 def test_a_closed_chunk_cannot_be_closed_again() -> None:
     ledger = Ledger(group_size=1)
-    chunk = ledger.issue(4, version=0)
+    chunk = ledger.issue(4, step=0, version=0)
     through(ledger, chunk.number)
     ledger.close([chunk.number], trained=4)
     with pytest.raises(KeyError):
@@ -111,7 +108,7 @@ def test_a_closed_chunk_cannot_be_closed_again() -> None:
 
 def test_a_reissued_chunk_keeps_its_samples_and_fences_the_old_attempt() -> None:
     ledger = Ledger(group_size=2)
-    chunk = ledger.issue(2, version=0)
+    chunk = ledger.issue(2, step=0, version=0)
     ledger.generated(chunk.number)
     again = ledger.reissue(chunk.number)
     assert (again.first_sample, again.samples, again.attempt, again.state) == (0, 4, 1, State.ISSUED)
@@ -122,7 +119,7 @@ def test_a_reissued_chunk_keeps_its_samples_and_fences_the_old_attempt() -> None
 
 def test_the_watermark_is_the_first_sample_that_has_not_ended() -> None:
     ledger = Ledger(group_size=1)
-    a, b = ledger.issue(3, version=0), ledger.issue(3, version=0)
+    a, b = ledger.issue(3, step=0, version=0), ledger.issue(3, step=0, version=0)
     through(ledger, b.number)
     ledger.close([b.number], trained=3)
     assert ledger.watermark == 0
@@ -134,13 +131,13 @@ def test_the_watermark_is_the_first_sample_that_has_not_ended() -> None:
 def test_the_buffer_gives_a_step_in_sample_order_once_it_is_full() -> None:
     ledger = Ledger(group_size=1)
     buffer = Buffer(ledger, samples=4, max_staleness=0)
-    a, b = ledger.issue(2, version=5), ledger.issue(2, version=5)
+    a, b = ledger.issue(2, step=0, version=0), ledger.issue(2, step=0, version=0)
     for chunk in (b, a):
         buffer.put_rollouts(chunk.number, f"rollouts {chunk.number}")  # type: ignore[arg-type]
-        assert buffer.ready() == []
+        assert not buffer.is_ready(0)
         through(ledger, chunk.number)
         buffer.put_scores(chunk.number, f"scores {chunk.number}")  # type: ignore[arg-type]
-    batch = buffer.take(step=9, version=5)
+    batch = buffer.take(step=0, version=0)
     assert batch.sample_ids == (0, 1, 2, 3)
     assert batch.rollouts == ("rollouts 0", "rollouts 1")
 
@@ -148,27 +145,43 @@ def test_the_buffer_gives_a_step_in_sample_order_once_it_is_full() -> None:
 def test_the_buffer_waits_for_a_refill_when_a_group_was_spoiled() -> None:
     ledger = Ledger(group_size=2)
     buffer = Buffer(ledger, samples=4, max_staleness=0)
-    a = ledger.issue(2, version=0)
+    a = ledger.issue(2, step=0, version=0)
     buffer.put_rollouts(0, None)  # type: ignore[arg-type]
     buffer.put_scores(0, None)  # type: ignore[arg-type]
     through(ledger, a.number, {0: "timeout: 1 s"})
-    assert buffer.ready() == []
-    b = ledger.issue(1, version=0)
+    assert not buffer.is_ready(0)
+    b = ledger.issue(1, step=0, version=0)
     buffer.put_rollouts(1, None)  # type: ignore[arg-type]
     buffer.put_scores(1, None)  # type: ignore[arg-type]
     through(ledger, b.number)
     assert buffer.take(step=0, version=0).sample_ids == (2, 3, 4, 5)
 
 
-def test_a_stale_sample_is_refused() -> None:
+@pytest.mark.parametrize("sampled_by", [2, 4])
+def test_a_sample_of_another_version_than_its_step_has_is_refused(sampled_by: int) -> None:
+    """Step 5 with max_staleness 2 is sampled by version 3: neither by an older one nor by a newer one."""
     ledger = Ledger(group_size=1)
-    buffer = Buffer(ledger, samples=1, max_staleness=0)
-    chunk = ledger.issue(1, version=3)
-    buffer.put_rollouts(0, None)  # type: ignore[arg-type]
-    buffer.put_scores(0, None)  # type: ignore[arg-type]
-    through(ledger, chunk.number)
-    with pytest.raises(AssertionError, match="staleness: must be <= 0, got 4 - 3"):
-        buffer.take(step=0, version=4)
+    buffer = Buffer(ledger, samples=1, max_staleness=2)
+    through(ledger, ledger.issue(1, step=5, version=sampled_by).number)
+    with pytest.raises(AssertionError, match=rf"step 5: must be sampled by version 3, got \[{sampled_by}\]"):
+        buffer.take(step=5, version=5)
+
+
+def test_later_steps_wait_in_the_buffer_and_do_not_fill_an_earlier_one() -> None:
+    ledger = Ledger(group_size=1)
+    buffer = Buffer(ledger, samples=2, max_staleness=1)
+    for step in (0, 1):
+        chunk = ledger.issue(2, step=step, version=0)
+        for put in (buffer.put_rollouts, buffer.put_scores):
+            put(chunk.number, f"data {chunk.number}")  # type: ignore[operator]
+    through(ledger, 1)
+    assert buffer.is_ready(1)
+    assert not buffer.is_ready(0), "step 1 is there first, and waits for its turn"
+    through(ledger, 0)
+    first = buffer.take(step=0, version=0)
+    buffer.close(first, trained=2)
+    second = buffer.take(step=1, version=1)
+    assert (first.sample_ids, first.staleness, second.sample_ids, second.staleness) == ((0, 1), 0, (2, 3), 1)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -185,7 +198,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(groups=st.integers(1, 4))
     def issue(self, groups: int) -> None:
-        self.ledger.issue(groups, version=0)
+        self.ledger.issue(groups, step=0, version=0)
 
     @precondition(lambda self: self.in_state(State.ISSUED))
     @rule(data=st.data())
@@ -226,11 +239,11 @@ class LedgerMachine(RuleBasedStateMachine):
         before = self.ledger.account()
         state = LedgerState.model_validate_json(self.ledger.state().model_dump_json())
         in_flight = {number: chunk.attempt for number, chunk in self.ledger.open.items()}
-        self.ledger = Ledger.of(3, state, version=1)
+        self.ledger = Ledger.of(3, state)
         assert {number: chunk.attempt - 1 for number, chunk in self.ledger.open.items()} == in_flight, (
             "the next attempt, so that late answers are fenced"
         )
-        assert {chunk.version for chunk in self.ledger.open.values()} <= {1}
+        assert {chunk.version for chunk in self.ledger.open.values()} <= {0}
         after = self.ledger.account()
         assert after == replace(before, reissued=before.reissued + before.in_flight)
 

@@ -88,7 +88,7 @@ ACCOUNT = Account(issued=210, trained=200, filtered=2, quarantined=3, in_flight=
 
 
 def metrics(step: int = 0, *, reward: float = 0.5, critic: UpdateReport | None = CRITIC) -> StepMetrics:
-    batch = Batch(step=step, chunks=(), emptied=(), rollouts=(), scores=(), sample_ids=())
+    batch = Batch(step=step, chunks=(), emptied=(), rollouts=(), scores=(), sample_ids=(), staleness=0)
     summary = dataclasses.replace(ASSEMBLED, reward_mean=reward)
     counts = StepCounts(
         account=ACCOUNT,
@@ -228,7 +228,7 @@ def test_the_account_of_a_run_names_reasons_and_starts(tmp_path: Path) -> None:
             reissued=4,
             quarantined={7: "error: a", 9: "timeout: b", 12: "error: a"},
         )
-        open_chunk = OpenChunk(number=8, first_group=96, groups=4, attempt=0)
+        open_chunk = OpenChunk(number=8, first_group=96, groups=4, step=2, version=2, attempt=0)
         state = DriverState(step=5, kl_coef=0.1, ledger=ledger.model_copy(update={"open": (open_chunk,)}))
         Checkpoints(folder, 2).write(state, {})
         with Observer(folder.path, Progress(console(False)[0])) as observer:

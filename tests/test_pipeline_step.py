@@ -35,7 +35,7 @@ def report(**changes: Any) -> UpdateReport:
 
 
 def check(run: RunConfig, policy: UpdateReport, critic: UpdateReport | None = None) -> None:
-    batch = Batch(step=3, chunks=(), rollouts=(), scores=(), sample_ids=(), emptied=())
+    batch = Batch(step=3, chunks=(), rollouts=(), scores=(), sample_ids=(), emptied=(), staleness=0)
     Update(batch=batch, summary=None, policy=policy, critic=critic).check(run.policy, run.rollout)  # type: ignore[arg-type]
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ from actors.learner.reports import LearnerReady as LearnerReady
 from actors.learner.reports import RestoreReport as RestoreReport
 from actors.learner.reports import ShardReport as ShardReport
 from actors.learner.reports import UpdatePlan as UpdatePlan
+from actors.learner.reports import VersionReport as VersionReport
 from actors.learner.schedule import learning_rate
 from actors.learner.shards import open_shards, write_shard
 from actors.learner.tally import Tally
@@ -41,7 +42,11 @@ from actors.learner.tally import UpdateReport as UpdateReport
 from actors.learner.trainees.base import Passes, Trainee
 from actors.models.causal_lm import Entropy
 from actors.weights import Manifest, Weights, pack, parameters_checksum
+from actors.weights_file import read_weights, write_weights
 from cluster.storage import Folder, StoredFile, files_in
+
+if TYPE_CHECKING:
+    from actors.rollout.worker import WeightsSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +187,17 @@ class Learner:
                 return None, None
             weights = pack(self.trainee.published(self._model), dtype, version)
         return weights.manifest, weights
+
+    def keep_version(self, folder: str, source: WeightsSource) -> StoredFile | None:
+        """Write a version that was published earlier into the folder, on rank 0; the others do nothing."""
+        return write_weights(Folder(folder), source.fetch(), source.manager) if self.rank == 0 else None
+
+    def read_version(self, folder: str, name: str, version: int) -> tuple[VersionReport | None, Weights | None]:
+        """A version that `keep_version` wrote, to be published again, on rank 0; (None, None) on the others."""
+        if self.rank != 0:
+            return None, None
+        weights, head = read_weights(Folder(folder), name, version)
+        return VersionReport(version=version, checksum=weights.checksum, manager=head), weights
 
     def export(self, folder: str, checked: bool = False) -> float:
         """Write the model and its tokenizer on rank 0, as `from_pretrained` reads them; the other ranks only take part.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from actors.config import Dtype
 from cluster.storage import StoredFile
@@ -94,3 +98,12 @@ class RestoreReport:
     steps: int
     ranks: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionReport:
+    """The report on a published version that was read from a commit. manager: the head that goes with it."""
+
+    version: int
+    checksum: str
+    manager: Mapping[str, npt.NDArray[np.float32]] | None

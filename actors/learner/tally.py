@@ -10,6 +10,24 @@ from torch import Tensor
 from actors.learner.deepspeed_engine import DeepSpeedEngine, StepReport
 from actors.learner.trainees.base import Logprobs
 
+FAR = 0.2  # a ratio that differs from 1 by more is far; the usual width of a clip
+MAX_LOG_RATIO = 20.0  # nats, so that a square stays finite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staleness:
+    """How far the policy has moved from the weights that sampled, over the first minibatch, before any update.
+
+    w = pi / pi_behaviour of a token, not truncated.
+
+    effective_sample_size: (sum w)^2 / (n sum w^2), in (0, 1]. kl: KL(pi_behaviour || pi) a token, in nats (k3).
+    far: share of the tokens with w outside 0.8 to 1.2, which a clipped ratio of the usual width would cut off.
+    """
+
+    effective_sample_size: float = 1.0
+    kl: float = 0.0
+    far: float = 0.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
@@ -23,6 +41,7 @@ class UpdateReport:
     ratio_deviation:  max |exp(new - proximal) - 1| over the first minibatch, before any update. Policy only, else 0.
     logprob_gap, logprob_gap_max: mean and max of |new - sampled| over the same tokens. Policy only, else 0.
     action_tokens:    number of losses of all epochs: one for each action token, or one for each comparison.
+    staleness:        of the same tokens as the gap. Policy only.
     """
 
     samples: int
@@ -38,14 +57,15 @@ class UpdateReport:
     logprob_gap_max: float
     action_tokens: int
     seconds: float
+    staleness: Staleness = Staleness()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
     """The totals over all ranks.
 
-    rows: number of rows, counted once in each epoch. loss: the sum of the losses added. statistics, ratio_deviation,
-    logprob_gap, logprob_gap_max: as in an `UpdateReport`.
+    rows: number of rows, counted once in each epoch. loss: the sum of the losses added. The others: as in an
+    `UpdateReport`.
     """
 
     rows: int
@@ -54,6 +74,7 @@ class Totals:
     ratio_deviation: float
     logprob_gap: float
     logprob_gap_max: float
+    staleness: Staleness
 
 
 class Tally:
@@ -69,6 +90,7 @@ class Tally:
         self._maxima: dict[str, Tensor] = {}
         self._gap_sum, self._gap_tokens = self._zero, 0
         self._gap_max, self._deviation = self._zero, self._zero
+        self._weights = torch.zeros(4, dtype=torch.float64, device=device)  # sums of w, w^2, KL, far
 
     def add(self, rows: int, loss: Tensor, statistics: dict[str, Tensor]) -> None:
         """Add a micro-batch. rows: 0 for a filler, which only registers the names of its statistics."""
@@ -83,7 +105,7 @@ class Tally:
             self._sums[name] = self._sums.get(name, self._zero) + counted.sum(dtype=torch.float64)
 
     def compare(self, logprobs: Logprobs) -> None:
-        """Add a micro-batch's log-probs to the ratio deviation and the log-prob gap; only before any update."""
+        """Add a micro-batch's log-probs to ratio deviation, log-prob gap and staleness; only before any update."""
         new, sampled, proximal = logprobs
         if not len(new):
             return
@@ -92,6 +114,10 @@ class Tally:
         self._gap_max = torch.maximum(self._gap_max, gap.max())
         deviation = (torch.exp((new - proximal).double()) - 1).abs()
         self._deviation = torch.maximum(self._deviation, deviation.max())
+        moved = (new - sampled).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        weight = moved.exp()
+        each = torch.stack([weight, weight**2, weight - 1 - moved, ((weight - 1).abs() > FAR).double()])
+        self._weights = self._weights + each.sum(dim=1)
 
     def totals(self, engine: DeepSpeedEngine) -> Totals:
         """Add up over all ranks; called on all ranks together."""
@@ -103,10 +129,12 @@ class Tally:
         greatest = [self._gap_max, self._deviation, *(self._maxima[n] for n in peaks)]
         counts = [self._zero + self._gap_tokens, self._zero + self._rows]
         ranks = engine.gather(
-            torch.stack([*greatest, self._gap_sum, *counts, self._loss, *(self._sums[n] for n in names)])
+            torch.stack(
+                [*greatest, self._gap_sum, *counts, self._loss, *self._weights, *(self._sums[n] for n in names)]
+            )
         )
         gap_max, deviation, *maxima = ranks[:, : len(greatest)].amax(0).tolist()
-        gap, gap_tokens, rows, loss, *sums = ranks[:, len(greatest) :].sum(0).tolist()
+        gap, gap_tokens, rows, loss, weight, squared, kl, far, *sums = ranks[:, len(greatest) :].sum(0).tolist()
         means = {name: total / max(self.losses, 1) for name, total in zip(names, sums, strict=True)}
         return Totals(
             rows=round(rows),
@@ -115,6 +143,11 @@ class Tally:
             ratio_deviation=deviation,
             logprob_gap=gap / max(gap_tokens, 1),
             logprob_gap_max=gap_max,
+            staleness=Staleness(
+                effective_sample_size=weight**2 / (gap_tokens * squared), kl=kl / gap_tokens, far=far / gap_tokens
+            )
+            if gap_tokens and squared
+            else Staleness(),
         )
 
     def report(
@@ -136,4 +169,5 @@ class Tally:
             logprob_gap_max=found.logprob_gap_max,
             action_tokens=self.losses,
             seconds=seconds,
+            staleness=found.staleness,
         )

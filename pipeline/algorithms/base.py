@@ -182,6 +182,11 @@ class Algorithm(Config):
         return self.decoupled or self.mask_low > 0 or self.mask_high > 0
 
     @property
+    def corrects_staleness(self) -> bool:
+        """Whether the loss corrects for samples of older weights: with truncated weights pi_proximal / pi_behaviour."""
+        return self.decoupled and self.importance_cap > 0
+
+    @property
     def columns(self) -> Mapping[str, Producer]:
         """Columns that only this algorithm's losses need: name -> how a step gives it.
 

@@ -40,6 +40,11 @@ class Clipped(Algorithm):
     dual_clip: float = Field(default=0.0, ge=0)
     """Largest ratio that counts where the advantage is negative; 3 is usual (Ye et al. 2020). 0: no limit."""
 
+    @property
+    def corrects_staleness(self) -> bool:
+        """Also without such weights, where the clipped ratio itself is to the weights that sampled."""
+        return super().corrects_staleness or not self.needs_proximal
+
     def surrogate(self, logprobs: Tensor, batch: ActionTokens) -> losses.Loss:
         log_ratio = logprobs - batch.proximal_logprobs
         if self.ratio == "sequence":

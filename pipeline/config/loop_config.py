@@ -42,6 +42,13 @@ class LoopConfig(Config):
     At least two, so that a damaged one is not the only one.
     """
 
+    max_staleness: int = Field(default=0, ge=0, le=16)
+    """Steps that the pools work ahead: the samples of a step are so many versions behind the weights that it trains.
+
+    Exactly so, whatever the speed of workers, so the run repeats to the bit: step t is sampled by version
+    max(0, t - max_staleness). Above 0 the algorithm must correct for it.
+    """
+
     batch: BatchConfig = BatchConfig()
     algorithm: AnyAlgorithm = PPO()
     shaping: ShapingConfig = ShapingConfig()

@@ -195,6 +195,12 @@ def _algorithm_rules(config: RunConfig) -> None:
             raise ValueError(
                 f"algorithm.{key}: must not be None, which TOML cannot say; give it a type and a default without None"
             )
+    if config.max_staleness and not algorithm.corrects_staleness:
+        raise ValueError(
+            f"max_staleness: must be 0 for algorithm {algorithm.name!r} as it is set, got {config.max_staleness}; "
+            "nothing corrects for samples of older weights. Set algorithm.decoupled to true and "
+            "algorithm.importance_cap to 2, or take an algorithm with a clipped ratio"
+        )
     samples, horizon = config.batch.samples, algorithm.kl_horizon
     if algorithm.kl_target and samples >= 5 * horizon:
         raise ValueError(

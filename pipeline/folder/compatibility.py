@@ -52,7 +52,7 @@ _GANG = {
 }
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("task", "seed", "data", "model", "algorithm", "shaping", "sampling", "batch"), ANOTHER_RUN),
-    "manager": ANOTHER_RUN,
+    **dict.fromkeys(("manager", "max_staleness"), ANOTHER_RUN),
     "algorithm.kl_every": SAME_BITS,
     "steps": LENGTH,
     **dict.fromkeys(("commit_every", "keep_commits"), SAME_BITS),

@@ -3,6 +3,7 @@
     checkpoints/step=00000020-epoch=0001/
         policy/rank-0.safetensors ...      each rank writes its own shard, flushed and checksummed
         critic/rank-0.safetensors ...
+        versions/version-19.safetensors    weights that samples in flight are generated with, if max_staleness is not 0
         commit.json                        written last: the driver's state, and size and checksum of every file
 
 A folder without a whole `commit.json` is no commit. Every file of a commit is verified before any is used. If a commit
@@ -27,9 +28,11 @@ from cluster.shared import check_seen
 from cluster.storage import Folder, StoredFile
 from pipeline.folder.run_folder import RunFolder, RunStart, counts
 from pipeline.samples.ledger import LedgerState
+from pipeline.samples.published import Versions
 
 log = logging.getLogger(__name__)
 
+VERSIONS = "versions"  # the folder of older weights, in a commit's
 COMMITS = "checkpoints"  # the folder of all commits, in the run folder
 _INEXACT = "The commit's files are as they were written, so this is a defect of the program, not of the files."
 _NAME = re.compile(r"step=(\d{8})-epoch=(\d{4})")
@@ -45,6 +48,8 @@ class DriverState(Config):
     version: int = 0
     weights: str = ""
     """Checksum of the policy's weights at `version`; a restored policy must have the same."""
+    older: dict[int, str] = Field(default_factory=dict)
+    """Version -> checksum of the weights before it that samples in flight are generated with."""
     kl_coef: float
     ledger: LedgerState = LedgerState()
     models: dict[str, str] = Field(default_factory=dict)
@@ -52,7 +57,11 @@ class DriverState(Config):
 
 
 class Commit(Manifest):
-    """The manifest of a commit. shards: role -> the files of its ranks, in the order of the ranks."""
+    """The manifest of a commit.
+
+    shards: role -> the files of its ranks, in the order of the ranks; and VERSIONS -> the files of older weights, in
+    the order of their versions.
+    """
 
     epoch: int
     state: DriverState
@@ -67,9 +76,10 @@ class Commit(Manifest):
         """Bytes of all shards."""
         return sum(file.size for file in self.files())
 
-    def check_weights(self, checksum: str) -> None:
-        """Raises RunError when a policy that was restored from this commit has other weights than it was made of."""
-        if checksum != self.state.weights:
+    def check_weights(self, versions: Versions) -> None:
+        """Raises RunError when what was restored from this commit has other weights than it was made of."""
+        older = {one.version: one.checksum for one in versions.older}
+        if versions.newest.checksum != self.state.weights or older != self.state.older:
             cause = f"its weights are not those that commit {self.name} was made of"
             raise RunError("policy[0]", "restore", cause, _INEXACT)
 

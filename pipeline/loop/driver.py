@@ -3,9 +3,10 @@
     buffer --take--> Batch --evaluate--> EvaluatedBatch --assemble--> StepExperience --learn--> Update --publish-->
 
 The driver tells the actors what to do. It computes nothing itself and never sees a token. The loop asks an algorithm
-for its needs, never for its name. Training is synchronous: max_staleness = 0. After a step, one small `DriverState`
-holds everything that the driver knows. A `DriverState` and the learners' shards make a commit; `restore` takes the
-whole run back to a commit.
+for its needs, never for its name. With max_staleness = k the pools work up to k steps ahead, in logical time: step t is
+sampled by version max(0, t - k), whoever is fast or slow. After a step, one small `DriverState` holds everything that
+the driver knows. A `DriverState`, the learners' shards and the older weights that samples in flight need make a commit;
+`restore` takes the whole run back to a commit.
 """
 
 from __future__ import annotations
@@ -35,14 +36,12 @@ from pipeline.observe.observer import Observer
 from pipeline.samples.buffer import Batch, Buffer
 from pipeline.samples.collector import CollectionCounts, Collector
 from pipeline.samples.ledger import Ledger
-from pipeline.samples.published import PublishedWeights
+from pipeline.samples.published import Versions
 
 if TYPE_CHECKING:
     from pipeline.encoding.prompt_stream import PromptStream
 
 log = logging.getLogger(__name__)
-
-MAX_STALENESS = 0
 
 
 class Driver:
@@ -54,7 +53,7 @@ class Driver:
     ledger: Ledger
     buffer: Buffer
     collector: Collector
-    weights: PublishedWeights
+    versions: Versions
 
     def __init__(
         self,
@@ -161,9 +160,11 @@ class Driver:
     def settle(self) -> None:
         """Between two steps nothing is under way, so this is when workers and learners change their nodes.
 
-        Learners whose node is about to leave commit first.
+        Learners whose node is about to leave commit first. Samples of later steps that wait are made again if a node
+        that may hold them is about to leave.
         """
-        self.elastic.settle()
+        if self.elastic.settle():
+            self.collector.renew()
         if self.elastic.core_can_move:
             self.commit(now=True)
             self.observer.phase("move")
@@ -173,7 +174,7 @@ class Driver:
     def keep_generating(self) -> None:
         """Fill the pools' queues and return at once. Consumes: the current weights."""
         self.observer.phase("rollout")
-        self.collector.keep_generating(self.weights)
+        self.collector.keep_generating(self.state.step, self.versions)
 
     def commit(self, now: bool = False) -> None:
         """Commit the state after the last step, if a commit is due, or if it must be done now.
@@ -188,7 +189,7 @@ class Driver:
         self.observer.phase("commit")
         with self.stop.held():
             self.observer.sync()
-            shards = self.learners.save(self.checkpoints.prepare(self.state.step))
+            shards = self.learners.save(self.checkpoints.prepare(self.state.step), self.versions.older)
             commit = self.checkpoints.write(self.state, shards)
         self.committed, self.incidents.committed_bytes, self.rolled_back = self.state.step, commit.size, 0
         log.info("committed %s: %.1f MB in %.2f s", commit.name, commit.size / 1e6, self.clock.lap("commit"))
@@ -196,8 +197,8 @@ class Driver:
     def take(self, step: int) -> Batch:
         """Take the batch of a step from the buffer. Waits for: a full step of scored groups."""
         self.observer.phase("rollout")
-        self.runtime.wait(lambda: bool(self.buffer.ready()), f"rollouts and scores of step {step}")
-        batch = self.buffer.take(step, self.weights.version)
+        self.runtime.wait(lambda: self.buffer.is_ready(step), f"rollouts and scores of step {step}")
+        batch = self.buffer.take(step, self.versions.newest.version)
         self.clock.lap("rollout")
         return batch
 
@@ -236,7 +237,8 @@ class Driver:
     def publish(self) -> None:
         """Publish the policy's weights as version + 1; workers pull them when they need them."""
         self.observer.phase("publish")
-        self.weights = self.learners.publish(self.weights.version + 1)
+        weights = self.learners.publish(self.versions.newest.version + 1)
+        self.versions = self.versions.with_next(weights, self.config.max_staleness)
         self.clock.lap("publish")
 
     def record(self, update: Update) -> None:
@@ -254,7 +256,7 @@ class Driver:
         incidents, seconds = self.incidents.of_step(collected, self.elastic.unplaced), dict(self.clock.seconds)
         self.elastic.step(seconds, chunks=len(update.batch.chunks) + len(update.batch.emptied))
         counts = StepCounts(account=account, collected=collected, seconds=seconds, incidents=incidents)
-        self.observer.step(step_metrics(update, counts, version=self.weights.version, kl_coef=kl_coef))
+        self.observer.step(step_metrics(update, counts, version=self.versions.newest.version, kl_coef=kl_coef))
 
     # ---- back to a commit ----
 
@@ -309,28 +311,30 @@ class Driver:
         if commit is not None:
             self.learners.restore(commit, self.checkpoints.folder)
         self._take_up(commit.state if commit else self.start)
+        older = self.learners.older(commit, self.checkpoints.folder) if commit else ()
+        self.versions = Versions(self.learners.publish(self.state.version), older)
         if commit is not None:
-            commit.check_weights(self.weights.checksum)
+            commit.check_weights(self.versions)
         self.observer.rewind(self.state.step)
-        self.collector.reissue(self.weights)
+        self.collector.reissue(self.versions)
 
     def _take_up(self, state: DriverState) -> None:
         """Make `state` the current state; the learners must hold its weights already."""
         self.state = state
         self.committed = self.assembler.logged = state.step
         self.kl = KLController.of(self.config.algorithm, coef=state.kl_coef)
-        self.ledger = Ledger.of(self.config.batch.group_size, state.ledger, state.version)
-        self.buffer = Buffer(self.ledger, self.config.batch.samples, MAX_STALENESS)
+        self.ledger = Ledger.of(self.config.batch.group_size, state.ledger)
+        self.buffer = Buffer(self.ledger, self.config.batch.samples, self.config.max_staleness)
         self.collector = Collector(
             self.config, self.prompts, self.roles.rollout, self.roles.reward, self.buffer, self.observer.say
         )
-        self.weights = self.learners.publish(state.version)
 
     def _state_after(self, step: int) -> DriverState:
         return DriverState(
             step=step,
-            version=self.weights.version,
-            weights=self.weights.checksum,
+            version=self.versions.newest.version,
+            weights=self.versions.newest.checksum,
+            older={one.version: one.checksum for one in self.versions.older},
             kl_coef=self.kl.coef,
             ledger=self.ledger.state(),
             models=self.roles.models,

@@ -53,11 +53,20 @@ class Elastic:
                 "(cluster.worker_labels)",
             )
 
-    def settle(self) -> None:
-        """Let seats go and come; to be called when no pool has work or data that is needed."""
+    def settle(self) -> bool:
+        """Let seats go and come, between two steps.
+
+        Returns whether a node was left that is about to leave, so that what it holds should be made again elsewhere.
+        """
         if not self._runtime.is_elastic:
-            return
+            return False
+        before = self._seats.departures
         self._seats.settle()
+        left = self._seats.departures > before
+        self._scale()
+        return left
+
+    def _scale(self) -> None:
         self._seats.ask_again()
         role = self._rollout.role
         held, most = self._seats.held(role), self._seats.most(role)

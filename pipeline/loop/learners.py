@@ -16,7 +16,7 @@ from cluster.runtime import Runtime
 from cluster.shared import check_seen
 from cluster.storage import Folder, StoredFile
 from pipeline.config.loop_config import LoopConfig
-from pipeline.loop.commits import Commit, shard_url
+from pipeline.loop.commits import VERSIONS, Commit, shard_url
 from pipeline.loop.wiring import Roles
 from pipeline.samples.published import PublishedWeights
 
@@ -141,13 +141,52 @@ class Learners:
             version=version, checksum=manifest.checksum, holder=(ticket.refs(0)[0],), timeout_s=timeout_s, manager=head
         )
 
-    def save(self, where: Callable[[str], str]) -> dict[str, tuple[StoredFile, ...]]:
-        """Let every rank write its shard to the URL where(role); returns role -> files of its ranks."""
+    def save(self, where: Callable[[str], str], older: Iterable[PublishedWeights]) -> dict[str, tuple[StoredFile, ...]]:
+        """Let every rank write its shard to the URL where(role); returns role -> files of its ranks.
+
+        older: versions that samples in flight need besides the present one; the policy's rank 0 writes them, under
+        VERSIONS.
+        """
         reports = self._all(
             "commit",
             lambda gang, role: gang.begin("commit", lambda rank, _: rank.save.remote(where(role)), uneven=True),
         )
-        return {role: tuple(report.file for report in of_ranks) for role, of_ranks in reports.items()}
+        files = {role: tuple(report.file for report in of_ranks) for role, of_ranks in reports.items()}
+        kept = [self._keep_version(where(VERSIONS), one) for one in older]
+        return files | ({VERSIONS: tuple(kept)} if kept else {})
+
+    def _keep_version(self, url: str, published: PublishedWeights) -> StoredFile:
+        files = self.roles.policy.call(
+            f"commit of version {published.version}",
+            lambda rank, _: rank.keep_version.remote(url, published),
+            uneven=True,
+        )
+        file: StoredFile = files[0]
+        return file
+
+    def older(self, commit: Commit, folder: Folder) -> tuple[PublishedWeights, ...]:
+        """The older versions in a commit, published again by the policy's rank 0."""
+        url, timeout_s = shard_url(folder, commit.name, VERSIONS), self.config.cluster.call_timeout_s
+        found = []
+        for version, file in zip(sorted(commit.state.older), commit.shards.get(VERSIONS, ()), strict=True):
+            ticket = self.roles.policy.begin(
+                "restore",
+                lambda rank, _, name=file.name, number=version: rank.read_version.options(num_returns=2).remote(  # type: ignore[misc]
+                    url, name, number
+                ),
+                uneven=True,
+            )
+            report = self.runtime.finish(ticket, f"weights of version {version}")
+            found.append(
+                PublishedWeights(
+                    version=version,
+                    checksum=report.checksum,
+                    holder=(ticket.refs(0)[0],),
+                    timeout_s=timeout_s,
+                    manager=report.manager,
+                )
+            )
+        return tuple(found)
 
     def restore(self, commit: Commit, folder: Folder) -> None:
         """Let every rank read its share of a commit in `folder`, also when other ranks wrote the shards.

@@ -65,6 +65,8 @@ def step_metrics(update: Update, counts: StepCounts, *, version: int, kl_coef: f
         "policy/ratio_deviation": policy.ratio_deviation,
         "policy/logprob_gap_mean": policy.logprob_gap,
         "policy/logprob_gap_max": policy.logprob_gap_max,
+        "staleness/versions": float(update.batch.staleness),
+        **{f"staleness/{name}": value for name, value in asdict(policy.staleness).items()},
         "time/step": total,
         "time/tokens_per_second": summary.action_tokens / max(total, 1e-9),
         **learner_values("policy", policy),

@@ -76,15 +76,17 @@ class Update:
                     f"every gradient of the step was not finite ({report.skipped} updates skipped)",
                     "Lower its learning rate.",
                 )
-        if self.manager is not None and self.manager.ratio_deviation > MAX_RATIO_DEVIATION:
+        manager = self.manager if not self.batch.staleness else None
+        if manager is not None and manager.ratio_deviation > MAX_RATIO_DEVIATION:
             raise RunError(
                 "manager",
                 phase,
                 "before any update its ratio to the recorded probabilities of options must be 1, it is off by "
-                f"{self.manager.ratio_deviation:.2g}",
+                f"{manager.ratio_deviation:.2g}",
                 "The rollout workers and the manager compute different probabilities; it cannot be trained as it is.",
             )
-        exact = policy.dtype == rollout.dtype == "float32"
+        # older samples have other log-probs by right; how far they are off is in the metrics, staleness/*
+        exact = policy.dtype == rollout.dtype == "float32" and not self.batch.staleness
         # with proximal log-probs this ratio is about 1 in any case, and only the gap shows a difference
         off = max(self.policy.ratio_deviation, self.policy.logprob_gap_max)
         if exact and off > MAX_RATIO_DEVIATION:

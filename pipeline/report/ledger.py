@@ -28,7 +28,7 @@ def show_account(run_dir: Path, config: LoopConfig, console: Console) -> None:
     history = read_history(run_dir)
     commit = newest_commit(Folder(run_dir / "checkpoints"), history)
     state = commit.state if commit else DriverState(kl_coef=0)
-    ledger = Ledger.of(config.batch.group_size, state.ledger, state.version)
+    ledger = Ledger.of(config.batch.group_size, state.ledger)
     account = ledger.account()
     console.print(Text(f"samples after {state.step} of {config.steps} committed steps"))
     table = Table()

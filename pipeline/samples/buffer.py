@@ -26,10 +26,14 @@ class Batch:
     rollouts: tuple[ObjectRef, ...]  # one Rollouts table a chunk
     scores: tuple[ObjectRef, ...]  # one Scores table a chunk
     sample_ids: tuple[int, ...]  # to train on; the tables may hold others, which are quarantined
+    staleness: int  # by how many versions the weights that sampled them are behind those that are trained
 
 
 class Buffer:
-    """Consumes: scored chunks. Waits for: whole groups, a step's worth. Unblocked by: the reward pool."""
+    """Consumes: scored chunks. Waits for: whole groups, a step's worth. Unblocked by: the reward pool.
+
+    In logical time, step t trains version t, on samples of version max(0, t - max_staleness): never of another one.
+    """
 
     def __init__(self, ledger: Ledger, samples: int, max_staleness: int) -> None:
         self.ledger = ledger
@@ -59,26 +63,23 @@ class Buffer:
         for chunk in ended:
             self.forget(chunk)
 
-    def ready(self) -> list[int]:
-        """The chunks of the next step, or [] until the oldest open chunks are scored and fill a step."""
-        chosen, samples = [], 0
-        for chunk in self.ledger.open.values():
-            if chunk.state is not State.SCORED:
-                return []
-            chosen.append(chunk.number)
-            samples += len(chunk.trainable())
-            if samples >= self.samples:
-                return chosen
-        return []
+    def sampled_by(self, step: int) -> int:
+        """The version of the weights that sample a step."""
+        return max(0, step - self.max_staleness)
+
+    def is_ready(self, step: int) -> bool:
+        """Whether all chunks of a step are scored and fill it."""
+        chunks = self.ledger.of_step(step)
+        scored = all(c.state is State.SCORED for c in chunks)
+        return scored and sum(len(c.trainable()) for c in chunks) >= self.samples
 
     def take(self, step: int, version: int) -> Batch:
-        """The batch of the next step. version: of the present weights; no sample may lag by more than max_staleness."""
-        ready = [self.ledger.open[number] for number in self.ready()]
+        """The batch of a step. version: of the present weights."""
+        assert self.is_ready(step), f"step {step} was taken before it was full"
+        ready = self.ledger.of_step(step)
         chunks = [c for c in ready if c.trainable()]
-        assert chunks, f"step {step} was taken before it was full"
-        oldest = min(c.version for c in chunks)
-        assert version - oldest <= self.max_staleness, (
-            f"staleness: must be <= {self.max_staleness}, got {version} - {oldest}"
+        assert all(c.version == self.sampled_by(step) for c in ready), (
+            f"step {step}: must be sampled by version {self.sampled_by(step)}, got {sorted({c.version for c in ready})}"
         )
         return Batch(
             step=step,
@@ -87,4 +88,5 @@ class Buffer:
             rollouts=tuple(self._rollouts[c.number] for c in chunks),
             scores=tuple(self._scores[c.number] for c in chunks),
             sample_ids=tuple(s for c in chunks for s in c.trainable()),
+            staleness=version - self.sampled_by(step),
         )

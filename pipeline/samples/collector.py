@@ -6,7 +6,9 @@ Consumes: prompts, published weights. Waits for: nothing; it only reacts to the 
 workers.
 
 The contents of a chunk depend on the ledger and the configuration alone, not on the number of workers or on which of
-them is free. So one worker and five workers give the same samples.
+them is free. So one worker and five workers give the same samples, also when they are ahead of the learners: the
+samples of a step are issued when their version is published, and groups that replace those which were left out when
+the step is the next to be trained, and neither at any other time.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pipeline.samples.buffer import Buffer
 from pipeline.samples.chunk import Chunk, State
 from pipeline.samples.deadly import GENERATING, REFERENCE, SCORING, DeadlySamples
 from pipeline.samples.limits import check_failed, check_refills
-from pipeline.samples.published import PublishedWeights
+from pipeline.samples.published import Versions
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -75,42 +77,62 @@ class Collector:
         self.reward = reward
         self.ledger = buffer.ledger
         self.buffer = buffer
-        self.weights: PublishedWeights | None = None
+        self.versions: Versions | None = None
+        self.step = -1  # the one to be trained next; none yet
         self.collected = CollectionCounts()
         self.say = say
         self._deadly = DeadlySamples()
 
-    def keep_generating(self, weights: PublishedWeights) -> None:
-        """Issue as many groups as the buffer still needs, to be generated with `weights`."""
-        self.weights = weights
-        self._fill()
+    def keep_generating(self, step: int, versions: Versions) -> None:
+        """Issue the samples of the steps that the newest weights sample; call it before each step.
 
-    def reissue(self, weights: PublishedWeights) -> None:
-        """Generate every open chunk of the ledger again, with the same samples and seeds.
+        At the start of a run these are the first max_staleness + 1 steps, later it is the one that far ahead.
+        """
+        self.step, self.versions = step, versions
+        newest = max((chunk.step for chunk in self.ledger.open.values()), default=step - 1)
+        for ahead in range(newest + 1, step + self.config.max_staleness + 1):
+            self._issue(ahead, self.config.batch.prompts)
+        self._refill()
+
+    def reissue(self, versions: Versions) -> None:
+        """Generate every open chunk of the ledger again, with the same samples, seeds and weights.
 
         After a rollback, these are the chunks that were in flight when the commit was made.
         """
+        self.versions = versions
         for chunk in list(self.ledger.open.values()):
-            self._generate(chunk, weights)
+            self._generate(chunk)
 
-    def _fill(self) -> None:
-        """Issue fresh prompts for every group of the step that is neither in flight nor ready.
+    def renew(self) -> None:
+        """Generate the samples that wait once more, since the node that holds them is about to leave."""
+        for chunk in list(self.ledger.open.values()):
+            if chunk.state is not State.ISSUED:
+                self.buffer.forget(chunk.number)
+                self._generate(self.ledger.reissue(chunk.number))
 
-        At the start of a step these are all groups; later, they replace the groups that were left out.
+    def _refill(self) -> None:
+        """Replace the groups that were left out of the step that is trained next, once all the others are scored.
+
+        Earlier, or for a later step, the prompts would depend on which worker answers first.
         """
-        assert self.weights is not None
-        size = self.config.batch.group_size
-        on_the_way = sum(
-            len(c.trainable()) if c.state is State.SCORED else c.samples for c in self.ledger.open.values()
-        )
-        missing = self.config.batch.prompts * (1 + self.buffer.max_staleness) - on_the_way // size
-        check_refills(self.config.batch, self.ledger, self.buffer.max_staleness, missing)
-        per_chunk = self.config.rollout.chunk_size // size
-        while missing > 0:
-            self._generate(self.ledger.issue(min(missing, per_chunk), self.weights.version), self.weights)
-            missing -= per_chunk
+        chunks = self.ledger.of_step(self.step)
+        if all(chunk.state is State.SCORED for chunk in chunks):
+            found = sum(len(chunk.trainable()) for chunk in chunks)
+            self._issue(self.step, self.config.batch.prompts - found // self.config.batch.group_size)
 
-    def _generate(self, chunk: Chunk, weights: PublishedWeights) -> None:
+    def _issue(self, step: int, groups: int) -> None:
+        """Issue so many groups of fresh prompts for a step."""
+        check_refills(self.config.batch, self.ledger, step, groups)
+        per_chunk = self.config.rollout.chunk_size // self.config.batch.group_size
+        while groups > 0:
+            self._generate(self.ledger.issue(min(groups, per_chunk), step=step, version=self.buffer.sampled_by(step)))
+            groups -= per_chunk
+
+    def _generate(self, chunk: Chunk) -> None:
+        if chunk.step >= self.config.steps:
+            return  # it waits until the run is extended, so that a run of N and N more steps is one of 2N
+        assert self.versions is not None
+        weights = self.versions[chunk.version]
         prompts = self.prompts.draw(range(chunk.first_group, chunk.first_group + chunk.groups)).table
         base = chunk.attempt  # the pool's own count of attempts is added to this
 
@@ -130,11 +152,11 @@ class Collector:
             self.collected.generate_s += report.seconds
             self.ledger.generated(chunk.number)
             self.buffer.put_rollouts(chunk.number, data[0])
-            self._score(chunk, weights)
+            self._score(chunk)
 
         self._submit(self.rollout, GENERATING, chunk, send, done, on_retry=lambda: self.ledger.retried(chunk.number))
 
-    def _score(self, chunk: Chunk, weights: PublishedWeights) -> None:
+    def _score(self, chunk: Chunk) -> None:
         rollouts = self.buffer.rollouts(chunk.number)
         base, within_s = chunk.attempt, _SHARE * self.config.cluster.call_timeout_s
 
@@ -153,11 +175,10 @@ class Collector:
             self.ledger.scored(chunk.number, failed, report.flat_groups if self.config.batch.dynamic_sampling else ())
             self.buffer.put_scores(chunk.number, data[0])
             check_failed(self.config, self.ledger, self._deadly)
-            # only when every chunk is scored, or the refill would depend on which worker answers first
-            if all(c.state is State.SCORED for c in self.ledger.open.values()):
-                self._fill()
+            if chunk.step == self.step:
+                self._refill()
 
-        self._submit(self.reward, SCORING, chunk, send, done, on_input_lost=lambda: self._again(chunk.number, weights))
+        self._submit(self.reward, SCORING, chunk, send, done, on_input_lost=lambda: self._again(chunk.number))
 
     def refer(self, reference: Pool, number: int, found: dict[int, ObjectRef]) -> None:
         """Begin the reference's log-probs of a scored chunk; they are put into `found` under the chunk's number.
@@ -184,7 +205,7 @@ class Collector:
         for number, own in new.items():
             self.ledger.quarantine(number, own)
         if new:
-            self._fill()
+            self._refill()
         return bool(new)
 
     def _submit(
@@ -240,7 +261,7 @@ class Collector:
     def _say_quarantined(self, sample: int, why: str) -> None:
         self.say("quarantined", f"sample {sample} is quarantined, not trained on: {why} (all: raylign ledger)")
 
-    def _again(self, number: int, weights: PublishedWeights) -> None:
+    def _again(self, number: int) -> None:
         """Generate the chunk's samples again, since its rollouts were lost with their node.
 
         Raises RunError when they have been lost `cluster.max_attempts` times.
@@ -254,4 +275,4 @@ class Collector:
                 fault=Fault.INPUT_LOST,
             )
         self.buffer.forget(number)
-        self._generate(self.ledger.reissue(number), weights)
+        self._generate(self.ledger.reissue(number))

@@ -17,15 +17,15 @@ _REMEDIES = {
 }
 
 
-def check_refills(batch: BatchConfig, ledger: Ledger, max_staleness: int, missing: int) -> None:
+def check_refills(batch: BatchConfig, ledger: Ledger, step: int, missing: int) -> None:
     """Raises RunError when more groups were issued for a step than `batch.max_refills` allows.
 
     missing: number of groups that are about to be issued. Without this limit, a task whose samples all get the same
     score would be refilled for ever.
     """
-    opened = ledger.open.values()
+    opened = ledger.of_step(step)
     issued = sum(c.groups for c in opened)
-    allowed = batch.prompts * (1 + max_staleness + batch.max_refills)
+    allowed = batch.prompts * (1 + batch.max_refills)
     if issued + max(missing, 0) <= allowed:
         return
     flat, lost = sum(len(c.flat - c.spoiled_groups()) for c in opened), sum(len(c.spoiled_groups()) for c in opened)

@@ -1,8 +1,8 @@
-"""A published version of the weights: its number, its checksum, and the reference to pull it."""
+"""Published versions of the weights: number, checksum and reference of each, and those that are still sampled with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,3 +31,27 @@ class PublishedWeights:
 
         weights: Weights = ray.get(self.holder[0], timeout=self.timeout_s)
         return weights
+
+
+class Versions:
+    """The versions that samples are generated with: the newest, and as many before it as `max_staleness`.
+
+    Whoever holds this holds their bytes in the object store.
+    """
+
+    def __init__(self, newest: PublishedWeights, older: Iterable[PublishedWeights] = ()) -> None:
+        self.newest = newest
+        self._all = {one.version: one for one in (*older, newest)}
+
+    def __getitem__(self, version: int) -> PublishedWeights:
+        return self._all[version]
+
+    @property
+    def older(self) -> tuple[PublishedWeights, ...]:
+        """All but the newest, the oldest first."""
+        return tuple(self._all[version] for version in sorted(self._all) if version != self.newest.version)
+
+    def with_next(self, newest: PublishedWeights, max_staleness: int) -> Versions:
+        """These versions and the next one, without those that no sample needs any more."""
+        kept = [one for one in self._all.values() if one.version >= newest.version - max_staleness]
+        return Versions(newest, kept)
