@@ -69,6 +69,7 @@ def fake_driver(
     deadly_to_generate: tuple[int, ...] = (),
     deadly_to_score: tuple[int, ...] = (),
     deadly_to_reference: tuple[int, ...] = (),
+    rollout: Mapping[str, Any] = {},
     learner: Mapping[str, Any] = {},
 ) -> Iterator[Driver]:
     """A driver whose rollout, reward, reference and policy actors are fakes; everything else is real.
@@ -89,6 +90,7 @@ def fake_driver(
                 length=length,
                 die_at=die_at,
                 deadly=deadly_to_generate,
+                **rollout,
             ),
             reward=runtime.pool(
                 "reward",

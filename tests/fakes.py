@@ -63,11 +63,20 @@ def _once(marker: str) -> bool:
 
 class FakeRollout:
     """Samples of a fixed length. die_at: a file; the first worker to generate the second chunk creates it and dies.
-    deadly: samples that nobody survives.
+    deadly: samples that nobody survives. seconds: how long a chunk takes. straggler: a file; the first worker creates
+    it and takes three times as long.
     """
 
-    def __init__(self, length: int, die_at: str = "", deadly: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        length: int,
+        die_at: str = "",
+        deadly: tuple[int, ...] = (),
+        seconds: float = 0.0,
+        straggler: str = "",
+    ) -> None:
         self.length = length
+        self.seconds = seconds * (3 if straggler and _once(straggler) else 1)
         self.die_at = die_at
         self.deadly = deadly
 
@@ -81,6 +90,7 @@ class FakeRollout:
         ids = ids[~np.isin(ids, list(without))]
         if np.isin(ids, self.deadly).any():
             os._exit(1)
+        time.sleep(self.seconds)
         table = rollouts(ids, group_size, self.length, weights.version).table
         report = RolloutReport(
             chunk=chunk,
@@ -181,7 +191,7 @@ class FakeLearner:
     It dies at step die_step: once when die_at names a file, else every time.
 
     die_in: methods, "__init__" among them, in which it dies, each once. never_starts: it always dies in its
-    constructor, or in "connect" raises instead.
+    constructor, or in "connect" raises instead. seconds: how long an update takes.
     """
 
     def __init__(
@@ -195,7 +205,9 @@ class FakeLearner:
         model: str = "",
         die_in: tuple[str, ...] = (),
         never_starts: str = "",
+        seconds: float = 0.0,
     ) -> None:
+        self.seconds = seconds
         self.seen = Path(seen)
         self.die_at, self.die_step = die_at, die_step
         self.die_in, self.never_starts = die_in, never_starts
@@ -233,6 +245,7 @@ class FakeLearner:
 
         assert plan.step == self.steps, f"asked to learn step {plan.step} after {self.steps} steps"
         self.steps += 1
+        time.sleep(self.seconds)
         with self.seen.open("a") as file:
             file.write("".join(f"{s}\n" for s in experience["sample_id"].to_pylist()))
         return UpdateReport(
