@@ -98,7 +98,7 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["learning.py", "generation.py"])
+@pytest.mark.parametrize("script", ["learning.py", "staleness.py", "overlap.py", "generation.py"])
 def test_what_a_benchmark_imports_is_there(script: str) -> None:
     said = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, timeout=300

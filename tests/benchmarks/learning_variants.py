@@ -45,6 +45,7 @@ class Variant:
     warmup: float = 0.0
     epochs: int = 4
     minibatches: int = 1
+    staleness: int = 0
     trainer: str = ""
     beside: str = ""
 
@@ -72,6 +73,7 @@ class Variant:
             seed=seed,
             steps=steps,
             commit_every=steps,
+            max_staleness=self.staleness,
             model={"path": model},
             finetune={"epochs": 0},
             batch=BATCH | {"epochs": self.epochs, "minibatches": self.minibatches},
