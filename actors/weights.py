@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,25 @@ class Weights:
         ):
             size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             yield name, flat[bucket][start : start + size].view(dtype).view(shape)
+
+
+class WeightsSource(Protocol):
+    """A handle on one published version: cheap to pass, and fetched only by a worker that has other weights."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def checksum(self) -> str: ...
+
+    @property
+    def manager(self) -> Mapping[str, npt.NDArray[np.float32]] | None:
+        """The manager's published head (see `OptionHead`), or None where there is no manager."""
+        ...
+
+    def fetch(self) -> Weights:
+        """The weights of that version and checksum, within a deadline of the source's own."""
+        ...
 
 
 def copy_parameters(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> None:

@@ -7,13 +7,17 @@ import pickle
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from actors import weights as weights_module
+from actors.config import Dtype
 from actors.models.causal_lm import load_causal_lm
 from actors.weights import Weights, copy_parameters, pack
+from actors.weights_file import read_weights, write_weights
+from cluster.storage import Folder
 from learner_helpers import save_tiny_model
 
 
@@ -112,3 +116,25 @@ def test_tied_parameters_appear_once_and_untied_heads_twice(tmp_path: Path) -> N
     assert "lm_head.weight" not in tied.manifest.names
     assert {*untied.manifest.names} - {*tied.manifest.names} == {"lm_head.weight"}
     assert tied.manifest.shapes[tied.manifest.names.index("transformer.wte.weight")] == (96, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_version_in_a_file_comes_back_to_the_bit_with_the_managers_head(tmp_path: Path, dtype: Dtype) -> None:
+    written = pack(Small(0).named_parameters(), dtype, 7)
+    head = {"policy_weight": np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::-1]}
+    file = write_weights(Folder(tmp_path), written, head)
+    assert file.name == "version-7.safetensors"
+    read, found = read_weights(Folder(tmp_path), file.name, 7)
+    assert (read.version, read.manifest) == (written.version, written.manifest)
+    assert [bucket.tobytes() for bucket in read.buckets] == [bucket.tobytes() for bucket in written.buckets]
+    assert found is not None and found["policy_weight"].tolist() == head["policy_weight"].tolist()
+
+
+def test_a_version_in_a_file_may_have_no_head_and_must_have_its_bytes(tmp_path: Path) -> None:
+    file = write_weights(Folder(tmp_path), pack(Small(0).named_parameters(), "float32", 7), None)
+    assert read_weights(Folder(tmp_path), file.name, 7)[1] is None
+    data = bytearray((tmp_path / file.name).read_bytes())
+    data[-70] ^= 1
+    (tmp_path / file.name).write_bytes(data)
+    with pytest.raises(ValueError, match="version 7 must have checksum"):
+        read_weights(Folder(tmp_path), file.name, 7)

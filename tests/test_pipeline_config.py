@@ -16,6 +16,9 @@ from pydantic import ValidationError
 
 from cluster.config import Config
 from pipeline.algorithms import registry
+from pipeline.algorithms.a2c import A2C
+from pipeline.algorithms.base import Algorithm
+from pipeline.algorithms.grpo import GRPO
 from pipeline.algorithms.ppo import PPO
 from pipeline.algorithms.reinforce import Reinforce
 from pipeline.config.recipe import load, recipe_path, save
@@ -416,6 +419,29 @@ def test_what_does_not_go_together_is_refused(rule: str) -> None:
     updates, message = RULES[rule]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         check(changed(**updates))
+
+
+@pytest.mark.parametrize(
+    "algorithm", [Reinforce(), Reinforce(decoupled=True), A2C(), PPO(mask_high=2.0), PPO(decoupled=True)]
+)
+def test_old_samples_are_refused_where_nothing_corrects_for_them(algorithm: Algorithm) -> None:
+    config = changed().model_copy(update={"algorithm": algorithm, "max_staleness": 1})
+    message = (
+        f"max_staleness: must be 0 for algorithm {algorithm.name!r} as it is set, got 1; nothing corrects for samples "
+        "of older weights. Set algorithm.decoupled to true and algorithm.importance_cap to 2, or take an algorithm "
+        "with a clipped ratio"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check(config)
+    check(config.model_copy(update={"max_staleness": 0}))
+
+
+@pytest.mark.parametrize(
+    "algorithm", [Reinforce(decoupled=True, importance_cap=2), PPO(), GRPO(decoupled=True, importance_cap=2)]
+)
+def test_old_samples_are_taken_by_an_algorithm_that_corrects_for_them(algorithm: Algorithm) -> None:
+    batch = changed().batch.model_copy(update={"group_size": 2})
+    check(changed().model_copy(update={"algorithm": algorithm, "max_staleness": 4, "batch": batch}))
 
 
 def test_an_algorithm_may_ask_for_groups() -> None:

@@ -91,7 +91,14 @@ def test_both_levels_learn_and_every_turn_has_its_option(whole: Path) -> None:
 
 @pytest.mark.slow
 def test_resumed_from_the_commit_in_the_middle_it_is_the_same_to_the_bit(whole: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
+    run_dir = resumed_from_the_middle(whole, tmp_path)
+    assert_same(run_dir, whole)
+    name = "option-head.safetensors"
+    assert (run_dir / "policy" / name).read_bytes() == (whole / "policy" / name).read_bytes()
+
+
+def resumed_from_the_middle(whole: Path, folder: Path) -> Path:
+    run_dir = folder / "run"
     shutil.copytree(whole, run_dir)
     (run_dir / "evaluation.json").unlink()
     shutil.rmtree(run_dir / "policy")
@@ -99,9 +106,20 @@ def test_resumed_from_the_commit_in_the_middle_it_is_the_same_to_the_bit(whole: 
         if int(commit.name[5:13]) > 2:
             shutil.rmtree(commit)
     resume(load(run_dir / "config.toml"), run_dir, (), quiet())
-    assert_same(run_dir, whole)
-    name = "option-head.safetensors"
-    assert (run_dir / "policy" / name).read_bytes() == (whole / "policy" / name).read_bytes()
+    return run_dir
+
+
+@pytest.mark.slow
+def test_ahead_of_the_learners_conversations_are_had_with_the_head_of_their_version(
+    ray_session: Session, model: Path, tmp_path: Path
+) -> None:
+    """A commit has the older head beside the older weights, or the options of what is made again would be others."""
+    run_stages(recipe(model, max_staleness=1), tmp_path / "whole", quiet())
+    run_dir = resumed_from_the_middle(tmp_path / "whole", tmp_path)
+    assert_same(run_dir, tmp_path / "whole", reissued=True)
+    last = metrics_of(run_dir)[-1]
+    assert last["staleness/versions"] == 1
+    assert last["manager/ratio_deviation"] > 1e-4, "its options were chosen by the head before"
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,12 +41,9 @@ from actors.learner.tally import Tally
 from actors.learner.tally import UpdateReport as UpdateReport
 from actors.learner.trainees.base import Passes, Trainee
 from actors.models.causal_lm import Entropy
-from actors.weights import Manifest, Weights, pack, parameters_checksum
+from actors.weights import Manifest, Weights, WeightsSource, pack, parameters_checksum
 from actors.weights_file import read_weights, write_weights
 from cluster.storage import Folder, StoredFile, files_in
-
-if TYPE_CHECKING:
-    from actors.rollout.worker import WeightsSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,9 @@ answers besides. Left out: the choice of engine, and how a conversation is had (
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,26 +29,7 @@ from actors.rollout.rows import rollouts_of
 
 if TYPE_CHECKING:
     from actors.rollout.conversations import Environment
-    from actors.weights import Weights
-
-
-class WeightsSource(Protocol):
-    """A handle on one published version: cheap to pass, and fetched only by a worker that has other weights."""
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def checksum(self) -> str: ...
-
-    @property
-    def manager(self) -> Mapping[str, npt.NDArray[np.float32]] | None:
-        """The manager's published head (see `OptionHead`), or None where there is no manager."""
-        ...
-
-    def fetch(self) -> Weights:
-        """The weights of that version and checksum, within a deadline of the source's own."""
-        ...
+    from actors.weights import WeightsSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
