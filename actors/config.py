@@ -95,6 +95,9 @@ class RolloutConfig(Config):
     chunk_size: int = Field(default=64, ge=1)
     """Samples of one call to a worker, rounded down to whole groups; they are re-issued when a worker is lost."""
 
+    segment_tokens: int = Field(default=64, ge=1, le=MOST_TOKENS)
+    """With schedule = freshest: tokens of a reply after which it is gone on with by the newest weights."""
+
     slots: int = Field(default=64, ge=8, le=MOST_SAMPLES, multiple_of=8)
     """Rows that the engine decodes at once; fixed for the run, so that a row's bits do not depend on its neighbours."""
 

@@ -76,7 +76,7 @@ class Rollouts(TypedTable):
     option_features, options_offered         D features, from which the option was chosen, and K offers, of each turn,
                                              one turn after the other
     last_features                            the D features after a conversation that was broken off
-    finish       stop | length | error
+    finish       stop | length | error; paused in a chunk that is not whole yet
     metadata     of the prompt; in a conversation also {"conversation": {"opening", "turns": [{"reward", "line",
                  "info"}, ...], "end", "failure"}}, what the environment said (see rollout/conversations.py)
 

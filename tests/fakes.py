@@ -81,7 +81,14 @@ class FakeRollout:
         self.deadly = deadly
 
     def generate(
-        self, prompts: pa.Table, group_size: int, chunk: int, attempt: int, weights: Any, without: Collection[int] = ()
+        self,
+        prompts: pa.Table,
+        group_size: int,
+        chunk: int,
+        attempt: int,
+        weights: Any,
+        without: Collection[int] = (),
+        pause_after: int = 0,
     ) -> tuple[RolloutReport, pa.Table]:
         groups = Prompts(prompts).table["group_id"].to_numpy()
         if self.die_at and chunk == 1 and _once(self.die_at):
@@ -104,6 +111,7 @@ class FakeRollout:
             stopped=0,
             truncated=len(ids),
             failed=0,
+            paused=0,
             seconds=0.001,
         )
         return report, table

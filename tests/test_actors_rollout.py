@@ -16,7 +16,7 @@ from actors import ragged, weights
 from actors.config import RolloutConfig, SamplingConfig
 from actors.experience import Prompts, Rollouts
 from actors.models.causal_lm import load_causal_lm
-from actors.rollout.worker import RolloutWorker
+from actors.rollout.worker import RolloutReport, RolloutWorker
 from actors.weights import Weights
 
 SAMPLING = SamplingConfig(max_new_tokens=8, stop=("e", "a"))
@@ -218,3 +218,56 @@ def test_the_kl_to_the_start_is_seen_and_nothing_else_changes(folder: Path) -> N
     assert gone.rollouts == 0 and "gone" in gone.problem, "it is only shown, so it ends nothing"
     other.generate(prompts(), 2, 0, 1, same)
     assert one.generate(prompts(9), 2, 1, 1, moved)[1].equals(other.generate(prompts(9), 2, 1, 1, moved)[1])
+
+
+def in_segments(one: RolloutWorker, sources: list[Source], tokens: int) -> tuple[pa.Table, list[RolloutReport]]:
+    """A chunk whose replies are left after so many tokens and gone on with, each time by the next of these weights."""
+    report, table = one.generate(prompts(first=20), 3, 4, 0, sources[0], pause_after=tokens)
+    reports = [report]
+    for held in sources[1:]:
+        report, table = one.go_on(table, 4, 0, held, pause_after=tokens)
+        reports.append(report)
+    return table, reports
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7, 8])
+def test_a_reply_in_segments_is_the_reply_in_one_piece(folder: Path, tokens: int) -> None:
+    """Also where a stop string ends one; the log-probs are those of a prefill, so they agree within rounding."""
+    whole_report, whole = worker(folder).generate(prompts(first=20), 3, 4, 0, source(folder, 7))
+    table, reports = in_segments(worker(folder), [source(folder, 7)] * -(-8 // tokens), tokens)
+    assert [report.paused > 0 for report in reports] == [*[True] * (len(reports) - 1), False]
+    assert sum(report.action_tokens for report in reports) == whole_report.action_tokens
+    for name in ("sample_id", "group_id", "tokens", "action_mask", "versions", "turn_starts", "finish", "metadata"):
+        assert table[name].to_pylist() == whole[name].to_pylist(), name
+    ours, theirs = (ragged.flat(one["logprobs"])[0] for one in (table, whole))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_each_segment_is_sampled_by_its_own_weights_and_says_so(folder: Path) -> None:
+    """Versions 3, 3, 5: the log-probs of a token are those of the version that it names, given all tokens before it."""
+    sources = [source(folder, 3), source(folder, 3), source(folder, 5, scale=1.2)]
+    table, reports = in_segments(worker(folder), sources, 3)
+    assert reports[-1].paused == 0
+    models = {version: load_causal_lm(str(folder), torch.float32) for version in (3, 5)}
+    with torch.no_grad():
+        for parameter in models[5].parameters():
+            parameter.mul_(1.2)
+    seen = set()
+    for row in table.to_pylist():
+        [start], tokens = row["turn_starts"], row["tokens"]
+        assert row["versions"][start:] == [3] * min(6, len(tokens) - start) + [5] * max(0, len(tokens) - start - 6)
+        for version, model in models.items():
+            with torch.no_grad():
+                found = model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+            for place in range(start, len(tokens)):
+                if row["versions"][place] == version:
+                    seen.add(version)
+                    assert row["logprobs"][place] == pytest.approx(float(found[place - 1, tokens[place]]), abs=1e-4)
+    assert seen == {3, 5}
+
+
+def test_samples_that_are_left_out_are_not_gone_on_with(folder: Path) -> None:
+    one, held = worker(folder), source(folder, 1)
+    _, begun = one.generate(prompts(first=20), 3, 0, 0, held, pause_after=2)
+    _, rest = one.go_on(begun, 0, 0, held, without={61, 70})
+    assert rest["sample_id"].to_pylist() == [sample for sample in range(60, 75) if sample not in (61, 70)]

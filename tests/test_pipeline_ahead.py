@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from actors.config import RolloutConfig
+from actors.experience import Experience
 from cluster.session import Session
 from pipeline.config.recipe import load
 from pipeline.config.sections import FinetuneConfig, ModelConfig
@@ -91,3 +92,23 @@ def test_older_weights_that_were_damaged_are_noticed(ahead: Path, tmp_path: Path
     said = go_on(run_dir)
     assert f"damaged: versions/{file.name} has other bytes than were written" in said
     assert_same(run_dir, ahead, reissued=True)
+
+
+def test_with_the_newest_weights_at_once_no_sample_is_lost_and_no_token_is_too_old(
+    start: dict[str, Any], tmp_path: Path
+) -> None:
+    """Schedule `freshest`, a worker and the learner killed, then stopped at a commit and gone on with."""
+    kill = signal.SIGKILL
+    deaths = {0: signalling(kill, "rollout[0]"), 2: signalling(kill, "policy[0]")}
+    rollout = RolloutConfig(chunk_size=8, slots=8, segment_tokens=2)
+    disturbed(tmp_path / "run", deaths, schedule="freshest", max_staleness=2, rollout=rollout, **start)
+    run_dir = taken_back(tmp_path / "run", tmp_path / "again")
+    go_on(run_dir)
+    steps = metrics_of(run_dir)
+    assert [step["ledger/trained"] for step in steps] == [16 * (step + 1) for step in range(STEPS)]
+    assert all(step["staleness/versions_max"] <= 2 for step in steps)
+    for step in range(STEPS):
+        table = Experience.read(run_dir / "experience" / f"step={step}" / "experience.parquet").table
+        assert table["sample_id"].to_pylist() == list(range(16 * step, 16 * step + 16))
+        assert set(table["finish"].to_pylist()) <= {"stop", "length"}
+    assert final_commit(run_dir).state.older == {}

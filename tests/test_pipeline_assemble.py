@@ -402,6 +402,8 @@ def test_a_step_by_hand() -> None:
             "response_tokens": 2.0,
             "stopped": 0.5,
             "token_distinct_2": 1.0,
+            "version_min": 3,
+            "version_mean": 3.0,
         }
     )
 

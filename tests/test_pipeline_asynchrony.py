@@ -59,16 +59,33 @@ def method(function: Callable[..., tuple[Any, ...]]) -> Any:
 
 
 def generate(
-    prompts: Any, group_size: int, chunk: int, attempt: int, weights: Any, without: Collection[int]
+    prompts: Any, group_size: int, chunk: int, attempt: int, weights: Any, without: Collection[int], pause_after: int
 ) -> tuple[Any, ...]:
     groups = prompts["group_id"].to_pylist()
     ids = [group * group_size + k for group in groups for k in range(group_size)]
-    report = SimpleNamespace(version=weights.version, action_tokens=0, seconds=0.0, sample_ids=ids)
-    return report, [(sample, weights.version, length_of(sample)) for sample in ids]
+    return go_on([(sample, ()) for sample in ids], chunk, attempt, weights, without, pause_after)
+
+
+def go_on(
+    begun: Any, chunk: int, attempt: int, weights: Any, without: Collection[int], pause_after: int
+) -> tuple[Any, ...]:
+    """Rollouts are (sample, version of each token)."""
+    rows = []
+    for sample, versions in begun:
+        more = length_of(sample) - len(versions)
+        rows.append((sample, versions + (weights.version,) * min(more, pause_after or more)))
+    report = SimpleNamespace(
+        version=weights.version,
+        action_tokens=sum(len(versions) for _, versions in rows) - sum(len(versions) for _, versions in begun),
+        seconds=0.0,
+        paused=sum(len(versions) < length_of(sample) for sample, versions in rows),
+        sample_ids=[sample for sample, _ in rows],
+    )
+    return report, rows
 
 
 def score(rollouts: Any, chunk: int, attempt: int, without: Collection[int], within_s: float) -> tuple[Any, ...]:
-    ids = [sample for sample, _, _ in rollouts]
+    ids = [sample for sample, _ in rollouts]
     report = SimpleNamespace(
         failures={sample: "error: told to fail" for sample in ids if sample % FAILED == 3},
         flat_groups=[group for group in sorted({sample // 2 for sample in ids}) if group % FLAT == 2],
@@ -78,7 +95,7 @@ def score(rollouts: Any, chunk: int, attempt: int, without: Collection[int], wit
     return report, "scores"
 
 
-WORKER = SimpleNamespace(generate=method(generate), score=method(score))
+WORKER = SimpleNamespace(generate=method(generate), go_on=method(go_on), score=method(score))
 
 
 class Pool:
@@ -112,17 +129,18 @@ def published(version: int) -> PublishedWeights:
     return PublishedWeights(version=version, checksum=str(version), holder=nothing, timeout_s=1)
 
 
-def config_of(staleness: int, steps: int = STEPS) -> RunConfig:
+def config_of(staleness: int, steps: int = STEPS, *, freshest: bool = False) -> RunConfig:
     config = RunConfig(
         task="walks",
         steps=steps,
+        schedule="freshest" if freshest else "logical",
         max_staleness=staleness,
         batch=BatchConfig(prompts=6, group_size=2, dynamic_sampling=True),
         algorithm=PPO(),
     )
     return config.model_copy(
         update={
-            "rollout": config.rollout.model_copy(update={"chunk_size": 4}),
+            "rollout": config.rollout.model_copy(update={"chunk_size": 4, "segment_tokens": 30}),
             "reward": config.reward.model_copy(update={"max_failed": 1.0}),
         }
     )
@@ -141,7 +159,7 @@ class Simulated:
 
     config: RunConfig
     taken: list[tuple[tuple[int, ...], tuple[Any, ...]]] = field(default_factory=list)
-    lengths: dict[int, int] = field(default_factory=dict)
+    versions_of: dict[int, tuple[int, ...]] = field(default_factory=dict)  # sample -> of each token
 
     def begin(self, state: LedgerState, versions: Versions) -> None:
         self.rollout, self.reward = Pool(), Pool()
@@ -161,14 +179,17 @@ class Simulated:
                 next_call(self._open)
             batch = self.buffer.take(step, self.versions.newest.version)
             assert len(batch.sample_ids) == self.config.batch.samples
-            rollouts = {sample: (version, tokens) for part in batch.rollouts for sample, version, tokens in part}
-            assert {rollouts[sample][0] for sample in batch.sample_ids} == {max(0, step - self.config.max_staleness)}
-            self.lengths |= {sample: rollouts[sample][1] for sample in batch.sample_ids}
+            rollouts = {sample: versions for part in batch.rollouts for sample, versions in part}
+            found = {version for sample in batch.sample_ids for version in rollouts[sample]}
+            oldest = max(0, step - self.config.max_staleness)
+            assert found == {oldest} if self.config.repeats else found <= set(range(oldest, step + 1))
+            self.versions_of |= {sample: rollouts[sample] for sample in batch.sample_ids}
             self.taken.append((batch.sample_ids, batch.rollouts))
             self._while_learning(next_call)
             self.buffer.close(batch, trained=len(batch.sample_ids))
             self._while_learning(next_call)
-            self.versions = self.versions.with_next(published(step + 1), self.config.max_staleness)
+            keep = self.config.max_staleness if self.config.repeats else 0
+            self.versions = self.versions.with_next(published(step + 1), keep)
             account = self.ledger.check()
             assert account.in_flight == sum(c.samples for c in self.ledger.open.values() if c.step > step)
 
@@ -250,7 +271,44 @@ def test_no_timing_and_no_loss_changes_what_a_step_takes(
     issued_for_these_steps = run.ledger.watermark
     left_out = run.ledger.account().filtered + run.ledger.account().quarantined
     assert len(trained) + left_out == issued_for_these_steps + later_refills(run)
-    assert run.lengths == {sample: length_of(sample) for sample in trained}
+    assert {sample: len(versions) for sample, versions in run.versions_of.items()} == {
+        sample: length_of(sample) for sample in trained
+    }
+
+
+@random_inputs(100)
+@given(st.integers(1, 3), st.integers(0, 2**32), st.sampled_from(MOODS), st.sets(st.integers(1, STEPS - 1)))
+def test_the_newest_weights_at_once_and_still_no_token_too_old_and_no_sample_lost(
+    staleness: int, seed: int, mood: str, breaks: set[int]
+) -> None:
+    """Schedule `freshest`: the bound holds for each token, whenever its reply was begun, paused, lost or begun anew."""
+    run, adversary = Simulated(config_of(staleness, freshest=True)), Adversary(seed, mood)
+    config = run.config
+    run.config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"max_attempts": 100})})
+    state, versions = LedgerState(), Versions(published(0))
+    for first, last in segments(breaks):
+        run.begin(state, versions)
+        run.run(adversary, first, last)
+        state = LedgerState.model_validate_json(run.ledger.state().model_dump_json())
+        assert run.versions.older == (), "a commit needs none of them"
+        versions = Versions(published(last))
+    trained = [sample for ids, _ in run.taken for sample in ids]
+    assert len(trained) == len(set(trained)) == STEPS * config.batch.samples
+    assert trained == [sample for ids, _ in quiet(staleness).taken for sample in ids], "in order, the same prompts"
+    assert all(len(versions) == length_of(sample) for sample, versions in run.versions_of.items())
+    assert all(list(versions) == sorted(versions) for versions in run.versions_of.values())
+
+
+def test_a_long_reply_is_gone_on_with_by_the_weights_of_its_time() -> None:
+    """Sample 0 of the first step after the start has 100 tokens, 30 in a segment; a version comes after the first."""
+    run = Simulated(config_of(1, freshest=True))
+    run.begin(LedgerState(), Versions(published(0)))
+    run.collector.keep_generating(0, run.versions)
+    [call] = [call for call in run.rollout.calls if 0 in call.answer()[0].sample_ids]
+    run.rollout.answer(call)
+    run.collector.versions = run.versions.with_next(published(1), 0)
+    [call] = [call for call in run.rollout.calls if call.work.send(WORKER, 0)[0].sample_ids[0] == 0]
+    assert dict(call.answer()[1])[0] == (0,) * 30 + (1,) * 30
 
 
 def segments(breaks: set[int]) -> Iterator[tuple[int, int]]:
@@ -273,8 +331,8 @@ def test_long_samples_are_trained_as_often_as_they_are_issued(staleness: int) ->
     run.run(Adversary(0, "shortest first"), 0, STEPS)
     kept = [s for s in range(run.ledger.watermark) if s % FAILED != 3 and (s // 2) % FLAT != 2]
     kept = [s for s in kept if all(member % FAILED != 3 for member in (s - s % 2, s - s % 2 + 1))]
-    assert set(kept) <= run.lengths.keys()
-    assert 100 in run.lengths.values()
+    assert set(kept) <= run.versions_of.keys()
+    assert 100 in map(len, run.versions_of.values())
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])

@@ -436,6 +436,11 @@ def test_old_samples_are_refused_where_nothing_corrects_for_them(algorithm: Algo
     check(config.model_copy(update={"max_staleness": 0}))
 
 
+def test_the_freshest_weights_need_more_than_one_version() -> None:
+    with pytest.raises(ValueError, match=r"^max_staleness: must be >= 1 for schedule freshest, got 0; "):
+        check(changed().model_copy(update={"schedule": "freshest"}))
+
+
 @pytest.mark.parametrize(
     "algorithm", [Reinforce(decoupled=True, importance_cap=2), PPO(), GRPO(decoupled=True, importance_cap=2)]
 )

@@ -22,6 +22,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from actors.learner.learner import UpdateReport
+from actors.learner.tally import Staleness
 from driver_setup import config
 from evaluation_helpers import measured
 from pipeline.arguments.parsing import parse
@@ -67,6 +68,8 @@ ASSEMBLED = AssemblyReport(
     response_tokens=9.0,
     stopped=0.0625,
     token_distinct_2=0.375,
+    version_min=-2,
+    version_mean=-1.25,
 )
 POLICY = UpdateReport(
     samples=4,
@@ -82,6 +85,7 @@ POLICY = UpdateReport(
     logprob_gap_max=0.046875,
     action_tokens=900,
     seconds=1.0,
+    staleness=Staleness(effective_sample_size=0.75, kl=0.03125, far=0.125),
 )
 CRITIC = dataclasses.replace(POLICY, loss=4.0, skipped=0, statistics={"value_error": 0.5})
 ACCOUNT = Account(issued=210, trained=200, filtered=2, quarantined=3, in_flight=5, reissued=7)
@@ -150,6 +154,11 @@ def test_the_numbers_of_a_step() -> None:
         "policy/ratio_deviation": 0.0078125,
         "policy/logprob_gap_mean": 0.015625,
         "policy/logprob_gap_max": 0.046875,
+        "staleness/versions": 1.25,
+        "staleness/versions_max": 2.0,
+        "staleness/effective_sample_size": 0.75,
+        "staleness/kl": 0.03125,
+        "staleness/far": 0.125,
         "critic/loss": 4.0,
         "critic/grad_norm": 2.0,
         "critic/grad_norm_max": 3.0,

@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One sample to generate; requests of one group are next to each other and share their prompt."""
+    """One sample to generate; requests of one group are next to each other and share their prompt.
+
+    A sample that was begun by an earlier call has M tokens of its reply already. It is a group of its own.
+    """
 
     sample_id: int
     group_id: int
     prompt: npt.NDArray[np.int32]  # (P,), P >= 1
+    begun: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # (M,)
+    begun_logprobs: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # (M,)
 
 
 def _no_features() -> npt.NDArray[np.float32]:
@@ -47,8 +52,11 @@ class Completion:
     logprobs: npt.NDArray[np.float32]  # (A,), 0 where the token was not sampled
     turn_starts: tuple[int, ...]
     """(N,) the index in `tokens` of each turn's first sampled token; the turn's control token, if any, is before it."""
-    finish: Literal["stop", "length"]
-    """How the last turn ended: by a stop token or string, or because there was no room for it."""
+    finish: Literal["stop", "length", "paused"]
+    """How the last turn ended: by a stop token or string, or because there was no room for it.
+
+    paused: it has not ended, since the call's `pause_after` was reached.
+    """
     options: npt.NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, np.int16))  # (O,)
     option_logprobs: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # (O,)
     features: npt.NDArray[np.float32] = field(default_factory=_no_features)  # (O, D), what each option was chosen from
@@ -141,8 +149,12 @@ class Engine(Protocol):
         seed: int,
         partner: Partner | None = None,
         chooser: OptionChooser | None = None,
+        pause_after: int = 0,
     ) -> list[Completion]:
         """Complete every request, in the order given.
+
+        pause_after: leave a request after so many sampled tokens, to be gone on with by another call; 0: never. Only
+        without a partner.
 
         partner: answers each turn; without a partner a completion is a single turn. chooser: chooses an option for each
         turn; only together with a partner. The random numbers of a sample depend on (seed, sample_id) alone. The limit

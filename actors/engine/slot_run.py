@@ -54,6 +54,7 @@ class SlotRun:
         seed: int,
         partner: Partner | None,
         chooser: OptionChooser | None = None,
+        pause_after: int = 0,
     ) -> None:
         self.engine, self.requests, self.sampling, self.seed, self.partner = engine, requests, sampling, seed, partner
         self.stop = StopStrings(engine.tokenizer, sampling.stop) if sampling.stop else None
@@ -70,6 +71,8 @@ class SlotRun:
         self.count = np.zeros(slots, np.int64)  # tokens after the prompt
         self.fed = np.zeros(slots, np.int64)  # how many of them have gone through the model
         self.limit = np.zeros(slots, np.int64)  # the `count` at which the turn must end
+        self.pause_after = pause_after or longest
+        self.pause = np.zeros(slots, np.int64)  # the `count` at which the call leaves it
         self.uniform = np.zeros((slots, longest))  # random numbers of the current turn
         self.tokens = np.zeros((slots, width), np.int32)
         self.logprobs = np.zeros((slots, width), np.float32)
@@ -162,6 +165,9 @@ class SlotRun:
         if self.partner is None:
             for slot in over:
                 self._complete(slot)
+            paused = speaking[(self.request[speaking] >= 0) & (counts == self.pause[speaking])]
+            for slot in paused:
+                self._complete(slot, is_paused=True)
         elif over.size:
             self.waiting[over] = True
             self.partner.hear([self._told(slot) for slot in over])
@@ -200,6 +206,12 @@ class SlotRun:
         if self.options is not None:
             self.options.seat(slot)
         self._next_turn(slot)
+        request = self.requests[index]
+        if begun := len(request.begun):  # it was prefilled with the prompt
+            self._append(slot, request.begun)
+            self.logprobs[slot, :begun], self.sampled[slot, :begun] = request.begun_logprobs, True
+            self.fed[slot] = begun
+        self.pause[slot] = begun + self.pause_after
 
     def _next_turn(self, slot: int) -> None:
         """Begin the next turn; with a chooser, wait for its option first."""
@@ -240,7 +252,9 @@ class SlotRun:
         self.sampled[slot, start:end] = False
         self.count[slot] = end
 
-    def _complete(self, slot: int, last_features: npt.NDArray[np.float32] | None = None) -> None:
+    def _complete(
+        self, slot: int, last_features: npt.NDArray[np.float32] | None = None, *, is_paused: bool = False
+    ) -> None:
         """last_features: (D,) state of the last token of a conversation that was broken off."""
         index, count = int(self.request[slot]), int(self.count[slot])
         self.done[index] = Completion(
@@ -249,7 +263,7 @@ class SlotRun:
             sampled=self.sampled[slot, :count].copy(),
             logprobs=self.logprobs[slot, :count].copy(),
             turn_starts=tuple(self.turns[slot]),
-            finish="stop" if self.stopped[slot] else "length",
+            finish="paused" if is_paused else "stop" if self.stopped[slot] else "length",
             **({} if self.options is None else self.options.chosen(slot)),
             last_features=last_features,
         )
@@ -294,10 +308,9 @@ class SlotRun:
 def _groups(requests: Sequence[Request]) -> deque[_Group]:
     groups: deque[_Group] = deque()
     for index, request in enumerate(requests):
-        if index == 0 or request.group_id != requests[index - 1].group_id:
-            groups.append(_Group(request.prompt))
-        assert np.array_equal(groups[-1].prompt, request.prompt), (
-            f"group {request.group_id}: its requests must share one prompt"
-        )
+        known = np.concatenate([request.prompt, request.begun]) if len(request.begun) else request.prompt
+        if index == 0 or request.group_id != requests[index - 1].group_id or len(request.begun):
+            groups.append(_Group(known))
+        assert np.array_equal(groups[-1].prompt, known), f"group {request.group_id}: its requests must share one prompt"
         groups[-1].waiting.append(index)
     return groups

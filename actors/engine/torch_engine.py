@@ -42,6 +42,7 @@ class TorchEngine(Decoder):
         seed: int,
         partner: Partner | None = None,
         chooser: OptionChooser | None = None,
+        pause_after: int = 0,
     ) -> list[Completion]:
         """Complete every request, in the order given; see `Engine`.
 
@@ -50,6 +51,7 @@ class TorchEngine(Decoder):
         features are not finite.
         """
         assert chooser is None or partner is not None, "chooser: must come with a partner, got it without"
+        assert not pause_after or partner is None, "pause_after: must be 0 with a partner, who waits for whole turns"
         room = self.context - (chooser is not None)
         for request in requests:
             if len(request.prompt) == 0:
@@ -63,4 +65,6 @@ class TorchEngine(Decoder):
                     f"{len(request.prompt)} tokens"
                     f" for sample {request.sample_id}; shorten the prompts or drop the long ones"
                 )
-        return SlotRun(self, requests, sampling, seed, partner, chooser).completions() if requests else []
+        if not requests:
+            return []
+        return SlotRun(self, requests, sampling, seed, partner, chooser, pause_after).completions()

@@ -20,10 +20,12 @@ def rollouts_of(
     metadata: pa.ChunkedArray | Sequence[str],
     version: int,
     offered: Sequence[npt.NDArray[np.bool_]] = (),
+    begun_versions: Sequence[npt.NDArray[np.int32]] = (),
 ) -> pa.Table:
     """The Rollouts table: one row a request, in order. N is the sum of all lengths.
 
-    offered: (turns, K) of each request, where a manager chose options.
+    version: of the tokens that were sampled now. offered: (turns, K) of each request, where a manager chose options.
+    begun_versions: (M,) of each request, where an earlier call has begun them.
     """
     if not requests:
         return Rollouts.concat([]).table
@@ -35,6 +37,9 @@ def rollouts_of(
     action, logprobs = np.zeros(offsets[-1], np.bool_), np.zeros(offsets[-1], np.float32)
     action[behind] = np.concatenate([c.sampled for c in completions])
     logprobs[behind] = np.concatenate([c.logprobs for c in completions])
+    versions = np.where(action, version, -1).astype(np.int32)
+    for first, start, known in zip(offsets, starts, begun_versions, strict=False):
+        versions[first + start : first + start + len(known)] = known
     turns = np.concatenate(
         [start + np.array(c.turn_starts, np.int32) for start, c in zip(starts, completions, strict=True)]
     )
@@ -55,7 +60,7 @@ def rollouts_of(
             "tokens": ragged.unflat(np.concatenate(parts), offsets, pa.int32()),
             "action_mask": ragged.unflat(action, offsets, pa.bool_()),
             "logprobs": ragged.unflat(logprobs, offsets, pa.float32()),
-            "versions": ragged.unflat(np.where(action, version, -1).astype(np.int32), offsets, pa.int32()),
+            "versions": ragged.unflat(versions, offsets, pa.int32()),
             "turn_starts": ragged.unflat(turns.astype(np.int32), turn_offsets, pa.int32()),
             "option": [c.options for c in completions],
             "option_logprobs": [c.option_logprobs for c in completions],

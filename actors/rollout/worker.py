@@ -12,17 +12,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors import ragged
 from actors.config import EnvironmentConfig, ManagerConfig, ReferenceConfig, RolloutConfig, SamplingConfig
 from actors.device import assigned_compute
 from actors.engine.protocol import Engine, Request
-from actors.experience import Prompts
+from actors.experience import Prompts, Rollouts
 from actors.manager.option_head import OptionHead
 from actors.rollout.dialogues import DialogueRunner
 from actors.rollout.rows import rollouts_of
@@ -37,8 +38,8 @@ class RolloutReport:
     """The driver's view of a chunk of B samples: scalars, and the length of each sample.
 
     chunk, attempt: as given, to tell a late answer from the expected one. version, checksum: of the weights that were
-    used. stopped, truncated: samples whose last reply ended by itself, and those whose last reply was cut off. seconds:
-    wall-clock.
+    used. action_tokens: sampled by this call. stopped, truncated: samples whose last reply ended by itself, and those
+    whose last reply was cut off. seconds: wall-clock.
     """
 
     chunk: int
@@ -52,6 +53,7 @@ class RolloutReport:
     stopped: int
     truncated: int
     failed: int  # the environment failed in them
+    paused: int  # to be gone on with
     seconds: float
 
 
@@ -113,34 +115,74 @@ class RolloutWorker:
         attempt: int,
         weights: WeightsSource,
         without: Collection[int] = (),
+        pause_after: int = 0,
     ) -> tuple[RolloutReport, pa.Table]:
         """Sample `group_size` completions of every prompt, as Rollouts in the order of their sample ids.
 
-        without: ids of samples that are left out, which does not change the others.
+        without: ids of samples that are left out, which does not change the others. pause_after: leave a reply after so
+        many tokens, to be gone on with by `go_on`; 0: never.
 
         Raises ValueError naming the sample whose prompt is empty or fills the model's context, or what is wrong with
         the weights.
         """
         started = time.perf_counter()
-        table = self.sample(prompts, group_size, self._sampling, self._seed, weights, without)
+        table = self.sample(prompts, group_size, self._sampling, self._seed, weights, without, pause_after)
+        return self._report(table, chunk, attempt, started, begun=0), table
+
+    def go_on(
+        self,
+        begun: pa.Table,
+        chunk: int,
+        attempt: int,
+        weights: WeightsSource,
+        without: Collection[int] = (),
+        pause_after: int = 0,
+    ) -> tuple[RolloutReport, pa.Table]:
+        """Go on with the replies of a chunk that were paused, with these weights; the others stay as they are.
+
+        What a reply has so far is read again with these weights, and keeps its log-probs and versions. See `generate`.
+        """
+        started = time.perf_counter()
+        self._load(weights)
+        known = Rollouts(begun).without(without).table
+        rows = known.filter(pc.equal(known["finish"], "paused")).to_pylist()
+        requests = [_resumed(row) for row in rows]
+        completions = self._engine.generate(requests, self._sampling, seed=self._seed, pause_after=pause_after)
+        table = rollouts_of(
+            requests,
+            completions,
+            [completion.finish for completion in completions],
+            [row["metadata"] for row in rows],
+            self._version,
+            begun_versions=[
+                np.array(row["versions"][len(row["versions"]) - len(request.begun) :], np.int32)
+                for row, request in zip(rows, requests, strict=True)
+            ],
+        )
+        done = known.filter(pc.not_equal(known["finish"], "paused"))
+        table = pa.concat_tables([done, table]).sort_by("sample_id")
+        return self._report(table, chunk, attempt, started, begun=_actions(known)), table
+
+    def _report(self, table: pa.Table, chunk: int, attempt: int, started: float, *, begun: int) -> RolloutReport:
+        """begun: tokens that earlier calls have sampled."""
         lengths = ragged.lengths(table.column("tokens")).astype(np.int32)
-        acted = int(ragged.flat(table.column("action_mask"))[0].sum())
+        acted = _actions(table)
         finishes = table.column("finish").to_pylist()
-        report = RolloutReport(
+        return RolloutReport(
             chunk=chunk,
             attempt=attempt,
             version=self._version,
             checksum=self._checksum,
             samples=len(lengths),
             prompt_tokens=int(lengths.sum()) - acted,
-            action_tokens=acted,
+            action_tokens=acted - begun,
             lengths=lengths,
             stopped=finishes.count("stop"),
             truncated=finishes.count("length"),
             failed=finishes.count("error"),
+            paused=finishes.count("paused"),
             seconds=time.perf_counter() - started,
         )
-        return report, table
 
     def sample(
         self,
@@ -150,6 +192,7 @@ class RolloutWorker:
         seed: int,
         weights: WeightsSource,
         without: Collection[int] = (),
+        pause_after: int = 0,
     ) -> pa.Table:
         """Like `generate`, with sampling and seed of the caller's choice, and without a report; for evaluation."""
         self._load(weights)
@@ -165,7 +208,7 @@ class RolloutWorker:
         ]
         metadata = prompts.column("metadata").take(pa.array([row for row, _, _ in wanted], pa.int64()))
         if self._dialogues is None:
-            completions = self._engine.generate(requests, sampling, seed=seed)
+            completions = self._engine.generate(requests, sampling, seed=seed, pause_after=pause_after)
             return rollouts_of(requests, completions, [c.finish for c in completions], metadata, self._version)
         head = OptionHead(weights.manager) if weights.manager is not None else None
         had = self._dialogues.run(requests, metadata.to_pylist(), sampling, seed, head)
@@ -218,3 +261,21 @@ class RolloutWorker:
             weights.verify()
             self._engine.load_weights(weights.tensors())
         self._version, self._checksum = source.version, source.checksum
+
+
+def _actions(table: pa.Table) -> int:
+    """Sampled tokens of a table of Rollouts."""
+    return int(ragged.flat(table.column("action_mask"))[0].sum())
+
+
+def _resumed(row: dict[str, Any]) -> Request:
+    """The request of a reply that was begun; a group of its own, since nobody else has said the same."""
+    [start], tokens = row["turn_starts"], np.array(row["tokens"], np.int32)
+    logprobs = np.array(row["logprobs"], np.float32)
+    return Request(
+        sample_id=row["sample_id"],
+        group_id=row["group_id"],
+        prompt=tokens[:start],
+        begun=tokens[start:],
+        begun_logprobs=logprobs[start:],
+    )

@@ -45,6 +45,9 @@ class AssemblyReport:
     response_tokens: float
     stopped: float
     token_distinct_2: float
+    version_min: int = 0
+    """Oldest version that has sampled a token of the step; version_mean: over all action tokens."""
+    version_mean: float = 0.0
     conversation: Mapping[str, float] = field(default_factory=dict)
     """Numbers of the step's conversations, see `conversation_metrics`; empty where rollouts are single replies."""
     option: Mapping[str, float] = field(default_factory=dict)
@@ -63,7 +66,7 @@ def report_of(experience: Experience, step: JoinedStep, shaped_mean: float, esti
     returns, values, advantages = (
         ragged.flat(table[name])[0][acted].astype(np.float64) for name in ("returns", "values", "advantages")
     )
-    spread = returns.var()
+    versions, spread = ragged.flat(table["versions"])[0][acted], returns.var()
     return AssemblyReport(
         samples=len(experience),
         action_tokens=int(acted.sum()),
@@ -81,6 +84,8 @@ def report_of(experience: Experience, step: JoinedStep, shaped_mean: float, esti
         explained_variance=float(1 - (returns - values).var() / spread) if spread > 0 else 0.0,
         response_tokens=float(acted.sum() / len(experience)),
         stopped=float(pc.mean(pc.equal(table["finish"], "stop")).as_py()),
+        version_min=int(versions.min(initial=np.iinfo(np.int32).max)),
+        version_mean=float(versions.mean()),
         token_distinct_2=_distinct_2(ragged.flat(table["tokens"])[0], acted, step.offsets),
     )
 

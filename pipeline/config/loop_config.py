@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from actors.config import (
@@ -49,6 +51,14 @@ class LoopConfig(Config):
     max(0, t - max_staleness). Above 0 the algorithm must correct for it.
     """
 
+    schedule: Literal["logical", "freshest"] = "logical"
+    """Weights that sample: logical or freshest.
+
+    logical: of exactly the version that max_staleness says, so that the run repeats to the bit. freshest: the newest
+    ones, also in the middle of a reply (rollout.segment_tokens). Then max_staleness is the most that a token may be
+    behind, and the run does not repeat.
+    """
+
     batch: BatchConfig = BatchConfig()
     algorithm: AnyAlgorithm = PPO()
     shaping: ShapingConfig = ShapingConfig()
@@ -66,6 +76,11 @@ class LoopConfig(Config):
     def updates(self) -> int:
         """Optimiser steps of the whole run, over which the schedules of the learning rates are spread."""
         return self.steps * self.batch.epochs * self.batch.minibatches
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the run is a function of its settings; else workers take the newest weights that there are."""
+        return self.schedule == "logical"
 
     @property
     def most_action_tokens(self) -> int:

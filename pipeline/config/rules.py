@@ -195,6 +195,11 @@ def _algorithm_rules(config: RunConfig) -> None:
             raise ValueError(
                 f"algorithm.{key}: must not be None, which TOML cannot say; give it a type and a default without None"
             )
+    if not config.repeats and not config.max_staleness:
+        raise ValueError(
+            "max_staleness: must be >= 1 for schedule freshest, got 0; with 0 there is one version to sample with, so "
+            "leave schedule out"
+        )
     if config.max_staleness and not algorithm.corrects_staleness:
         raise ValueError(
             f"max_staleness: must be 0 for algorithm {algorithm.name!r} as it is set, got {config.max_staleness}; "

@@ -52,7 +52,7 @@ _GANG = {
 }
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("task", "seed", "data", "model", "algorithm", "shaping", "sampling", "batch"), ANOTHER_RUN),
-    **dict.fromkeys(("manager", "max_staleness"), ANOTHER_RUN),
+    **dict.fromkeys(("manager", "max_staleness", "schedule"), ANOTHER_RUN),
     "algorithm.kl_every": SAME_BITS,
     "steps": LENGTH,
     **dict.fromkeys(("commit_every", "keep_commits"), SAME_BITS),
@@ -72,7 +72,7 @@ KINDS: dict[str, Kind] = {
     **{f"environment.{key}": SAME_BITS for key in ("timeout_s", "attempts")},
     **{f"rollout.{key}": SAME_BITS for key in ("workers", "min_workers")},
     "rollout.gpus": ROUNDING,
-    **{f"rollout.{key}": ANOTHER_RUN for key in ("dtype", "chunk_size", "slots")},
+    **{f"rollout.{key}": ANOTHER_RUN for key in ("dtype", "chunk_size", "slots", "segment_tokens")},
     **{f"reward.{key}": ANOTHER_RUN for key in ("function", "model", "label")},
     **{f"reward.{key}": SAME_BITS for key in ("workers", "min_workers", "timeout_s", "max_failed")},
     **{f"reward.{key}": ROUNDING for key in ("gpus", "batch_size")},

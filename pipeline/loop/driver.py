@@ -238,7 +238,7 @@ class Driver:
         """Publish the policy's weights as version + 1; workers pull them when they need them."""
         self.observer.phase("publish")
         weights = self.learners.publish(self.versions.newest.version + 1)
-        self.versions = self.versions.with_next(weights, self.config.max_staleness)
+        self.versions = self.versions.with_next(weights, self.config.max_staleness if self.config.repeats else 0)
         self.clock.lap("publish")
 
     def record(self, update: Update) -> None:

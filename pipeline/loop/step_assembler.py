@@ -52,6 +52,9 @@ class StepAssembler:
             return tuple(worker.assemble.options(num_returns=2).remote(how, batch.sample_ids, counts, *tables))
 
         [(summary, (experience,))] = self.runtime.map(self.pool, "assembling", [send])
+        assert summary.version_min >= batch.oldest, (
+            f"step {batch.step} has a token of version {summary.version_min}, must be {batch.oldest} or newer"
+        )
         if (kl := evaluated.start_kl) is not None:
             summary = replace(summary, kl_per_rollout=kl.per_rollout, kl_per_token=kl.per_token)
         self._log(batch.step, experience)

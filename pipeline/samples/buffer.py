@@ -26,13 +26,15 @@ class Batch:
     rollouts: tuple[ObjectRef, ...]  # one Rollouts table a chunk
     scores: tuple[ObjectRef, ...]  # one Scores table a chunk
     sample_ids: tuple[int, ...]  # to train on; the tables may hold others, which are quarantined
-    staleness: int  # by how many versions the weights that sampled them are behind those that are trained
+    oldest: int = 0  # version of the oldest weights that may have sampled them
+    staleness: int = 0  # by how many versions these are behind the weights that are trained
 
 
 class Buffer:
     """Consumes: scored chunks. Waits for: whole groups, a step's worth. Unblocked by: the reward pool.
 
-    In logical time, step t trains version t, on samples of version max(0, t - max_staleness): never of another one.
+    Step t trains version t. In logical time its samples are of version max(0, t - max_staleness), never of another one;
+    with the schedule `freshest` their tokens are of that version or of newer ones.
     """
 
     def __init__(self, ledger: Ledger, samples: int, max_staleness: int) -> None:
@@ -64,7 +66,7 @@ class Buffer:
             self.forget(chunk)
 
     def sampled_by(self, step: int) -> int:
-        """The version of the weights that sample a step."""
+        """The version of the weights that are the newest when the samples of a step are issued."""
         return max(0, step - self.max_staleness)
 
     def is_ready(self, step: int) -> bool:
@@ -88,5 +90,6 @@ class Buffer:
             rollouts=tuple(self._rollouts[c.number] for c in chunks),
             scores=tuple(self._scores[c.number] for c in chunks),
             sample_ids=tuple(s for c in chunks for s in c.trainable()),
+            oldest=self.sampled_by(step),
             staleness=version - self.sampled_by(step),
         )

@@ -128,33 +128,40 @@ class Collector:
             self._generate(self.ledger.issue(min(groups, per_chunk), step=step, version=self.buffer.sampled_by(step)))
             groups -= per_chunk
 
-    def _generate(self, chunk: Chunk) -> None:
+    def _generate(self, chunk: Chunk, begun: ObjectRef | None = None) -> None:
+        """begun: its Rollouts so far, if some of its replies are to be gone on with."""
         if chunk.step >= self.config.steps:
             return  # it waits until the run is extended, so that a run of N and N more steps is one of 2N
-        assert self.versions is not None
-        weights = self.versions[chunk.version]
         prompts = self.prompts.draw(range(chunk.first_group, chunk.first_group + chunk.groups)).table
-        base = chunk.attempt  # the pool's own count of attempts is added to this
+        base, config = chunk.attempt, self.config  # the pool's own count of attempts is added to `base`
+        pause_after = 0 if config.repeats or config.environment.name else config.rollout.segment_tokens
 
         def send(worker: Any, attempt: int, without: frozenset[int]) -> tuple[ObjectRef, ...]:
-            options = worker.generate.options(num_returns=2)
-            return tuple(
-                options.remote(prompts, chunk.group_size, chunk.number, base + attempt, weights, without=without)
-            )
+            assert self.versions is not None
+            weights = self.versions[chunk.version] if config.repeats else self.versions.newest
+            call = (worker.generate if begun is None else worker.go_on).options(num_returns=2)
+            given = (prompts, chunk.group_size) if begun is None else (begun,)
+            rest = (chunk.number, base + attempt, weights)
+            return tuple(call.remote(*given, *rest, without=without, pause_after=pause_after))
 
         def done(report: RolloutReport, data: tuple[ObjectRef, ...]) -> None:
             if not self.ledger.fence(chunk.number, base):
                 return
-            assert report.version == weights.version, (
-                f"rollouts of version {report.version}, asked for {weights.version}"
-            )
+            asked, found = chunk.version, report.version
+            assert found == asked or (found > asked and not config.repeats), f"version {found}, asked for {asked}"
             self.collected.action_tokens += report.action_tokens
             self.collected.generate_s += report.seconds
+            if report.paused:
+                self._generate(chunk, data[0])
+                return
             self.ledger.generated(chunk.number)
             self.buffer.put_rollouts(chunk.number, data[0])
             self._score(chunk)
 
-        self._submit(self.rollout, GENERATING, chunk, send, done, on_retry=lambda: self.ledger.retried(chunk.number))
+        # lost weights can only be made by going back to a commit
+        again = {} if begun is None else {"on_input_lost": lambda: self._again(chunk.number)}
+        retried = {"on_retry": lambda: self.ledger.retried(chunk.number)}
+        self._submit(self.rollout, GENERATING, chunk, send, done, **retried, **again)
 
     def _score(self, chunk: Chunk) -> None:
         rollouts = self.buffer.rollouts(chunk.number)

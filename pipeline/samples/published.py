@@ -51,7 +51,7 @@ class Versions:
         """All but the newest, the oldest first."""
         return tuple(self._all[version] for version in sorted(self._all) if version != self.newest.version)
 
-    def with_next(self, newest: PublishedWeights, max_staleness: int) -> Versions:
-        """These versions and the next one, without those that no sample needs any more."""
-        kept = [one for one in self._all.values() if one.version >= newest.version - max_staleness]
+    def with_next(self, newest: PublishedWeights, keep: int) -> Versions:
+        """These versions and the next one, of which the `keep` before it are kept."""
+        kept = [one for one in self._all.values() if one.version >= newest.version - keep]
         return Versions(newest, kept)
