@@ -62,6 +62,13 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
         use_roots([_here()])  # import paths of a user's code begin in the current folder or the recipe's
         if arguments[0] == "submit":
             return _submit(arguments[1:])
+        if arguments[0] == "init":
+            from pipeline.run.init import init, parse_init
+
+            print(init(parse_init(arguments[1:])))
+            return 0
+        if arguments[0] == "push":
+            return _push(arguments[1:])
         command = parse(arguments)
     except ValueError as error:
         print(f"raylign: {error}", file=sys.stderr)
@@ -132,6 +139,20 @@ def _submit(arguments: list[str]) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
+def _push(arguments: list[str]) -> int:
+    """Upload the policy of a run; returns the exit code."""
+    from cluster.faults import RunError
+
+    try:
+        from pipeline.run.push import parse_push, push
+
+        print(push(parse_push(arguments)))
+        return 0
+    except (ValueError, RunError) as error:
+        print(f"raylign: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
 def _say(line: str) -> None:
     print(f"raylign submit: {line}", flush=True)
 
@@ -148,6 +169,10 @@ def _run_stages(command: Command, console: Console, stop: StopRequest) -> int:
     run_dir = _run_dir(command)
     from cluster.faults import RunError
 
+    if command.push:
+        from pipeline.run.push import check_push
+
+        check_push("--push", command.push)
     print(_what_it_does(command, run_dir), flush=True)
     with postponed():  # a stop in the middle of an import would leave a broken module
         from pipeline.folder.standing import how_it_ends
@@ -168,7 +193,7 @@ def _run_stages(command: Command, console: Console, stop: StopRequest) -> int:
     except RunError as error:
         print(f"raylign: {error}\n{how_it_ends(run_dir, again)}", file=sys.stderr)
         return 1
-    return 0
+    return _push([str(run_dir), command.push]) if command.push else 0
 
 
 def _what_it_does(command: Command, run_dir: Path) -> str:

@@ -246,6 +246,10 @@ def loop_advantages(algorithm: Any, step: Step) -> list[list[float]]:
             case RLOO():
                 rest = others(step, i, totals)
                 row = [totals[i] - statistics.fmean(rest) if rest else 0.0] * len(r)
+            case GRPO(std_over="batch"):
+                counted = [total for total, rewards in zip(totals, step.rewards, strict=True) if rewards]
+                spread = statistics.stdev(counted) if len(counted) > 1 else 0.0
+                row = [(totals[i] - statistics.fmean([totals[i], *others(step, i, totals)])) / (spread + 1e-6)] * len(r)
             case GRPO():
                 group = [totals[i], *others(step, i, totals)]
                 spread = statistics.stdev(group) if len(group) > 1 else 0.0
@@ -267,6 +271,7 @@ KINDS = [
     RLOO(),
     GRPO(),
     GRPO(std=False),
+    GRPO(std_over="batch"),
 ]
 
 
@@ -356,8 +361,22 @@ def test_grpo_golden() -> None:
     )
 
 
+def test_grpo_with_the_deviation_of_the_step_golden() -> None:
+    """6, 3, 9 and 12 have the unbiased variance 15, whatever their groups; a close group keeps its small advantages."""
+    batch = grouped({0: [6, 3], 1: [9, 12]})
+    expected = [1.5 / math.sqrt(15) * sign for sign in (1, -1, -1, 1)]
+    algorithm = GRPO(std_over="batch")
+    assert algorithm.advantages(batch).advantages[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    close = algorithm.advantages(grouped({0: [1, 1.001], 1: [0, 10]})).advantages[:, 0]
+    assert close[:2].abs().max() < 1e-3
+    assert GRPO().advantages(grouped({0: [1, 1.001], 1: [0, 10]})).advantages[0, 0].abs() > 0.5
+    assert not algorithm.advantages(grouped({0: [4]})).advantages.any(), "one sample is its own mean"
+
+
 @pytest.mark.parametrize(
-    "algorithm", [GRPO(), GRPO(std=False), RLOO(), ReinforceBaseline(baseline="leave_one_out")], ids=str
+    "algorithm",
+    [GRPO(), GRPO(std=False), GRPO(std_over="batch"), RLOO(), ReinforceBaseline(baseline="leave_one_out")],
+    ids=str,
 )
 def test_a_group_of_equal_returns_has_no_advantage_to_the_bit(algorithm: Any) -> None:
     """In float32 their mean may differ from them by rounding, which dividing by a tiny deviation would blow up."""

@@ -51,8 +51,8 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
     [
         (
             ["fly"],
-            "command: must be quickstart, run, sft, reward, train, plan, submit, resume, ledger, replay or evaluate, "
-            "got 'fly'; see raylign --help",
+            "command: must be quickstart, run, sft, reward, train, plan, init, submit, push, resume, ledger, replay or "
+            "evaluate, got 'fly'; see raylign --help",
         ),
         (["train"], f"recipe: `raylign train` needs one, a TOML file or one of {RECIPES}"),
         (["plan", "--steps", "3"], f"recipe: `raylign plan` needs one, a TOML file or one of {RECIPES}"),
@@ -251,6 +251,8 @@ def test_help_of_a_command(tmp_path: Path) -> None:
         "replay": ("usage: raylign replay RUN_DIR --step N\n", "which step"),
         "evaluate": ("usage: raylign evaluate RUN_DIR|RECIPE", "--baseline DIR", "--reward-model DIR"),
         "plan": ("usage: raylign plan RECIPE", "starts nothing"),
+        "init": ("usage: raylign init DIR\n", "new or empty folder"),
+        "push": ("usage: raylign push RUN_DIR owner/name [--public]", "HF_TOKEN"),
     }.items():
         said = raylign(name, "-h", cwd=tmp_path)
         assert (said.code, said.err) == (0, "")

@@ -182,6 +182,47 @@ def test_the_bounds_are_counted_apart() -> None:
     }
 
 
+def test_cispo_cuts_the_weight_off_and_never_the_gradient() -> None:
+    """Tokens of ratio .5, 2, 2, 9 with A = 1, 1, -1, -1, weights at most 1.3: the gradient of log pi is -weight A at
+    every token, also where the clipped surrogate has none, and the loss is that times log pi.
+    """
+    logprobs = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64, requires_grad=True)
+    log_ratio = torch.tensor([0.5, 2, 2, 9], dtype=torch.float64).log()
+    advantages = torch.tensor([1.0, 1, -1, -1], dtype=torch.float64)
+    row = torch.tensor([0, 0, 1, 1])
+    others = {name: torch.zeros(4, dtype=torch.float64) for name in NAMES}
+    columns = others | {"proximal_logprobs": logprobs.detach() - log_ratio, "advantages": advantages}
+    batch = ActionTokens(row=row, rows=2, kl_coef=0.0, **columns)
+    algorithm = GRPO(objective="cispo", clip_high=0.3)
+    loss, statistics = algorithm.policy_loss(logprobs, others["values"], batch)
+    assert loss.tolist() == pytest.approx([0.5, 2.6, -3.9, -5.2])
+    loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([-0.5, -1.3, 1.3, 1.3])
+    assert statistics["clip_fraction"].tolist() == [0, 1, 1, 1]
+    assert statistics["clip_fraction_high"].tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("log_ratio", [100.0, -100.0])
+def test_cispos_gradient_is_finite_however_far_the_policy_has_moved(log_ratio: float) -> None:
+    logprobs = torch.tensor([-1.0], requires_grad=True)
+    loss, statistics = losses.clipped_weight(torch.tensor([log_ratio]), logprobs, torch.tensor([-1.0]), high=0.3)
+    [gradient] = torch.autograd.grad(loss.sum(), logprobs)
+    assert gradient.item() == pytest.approx(1.3 if log_ratio > 0 else math.exp(-20))
+    assert statistics["ratio_bounded_fraction"].tolist() == [1]
+
+
+@given(seeds)
+def test_at_a_ratio_of_one_cispos_gradient_is_the_clipped_one(seed: int) -> None:
+    batch = batch_of(seed)
+    found = []
+    for objective in ("clipped", "cispo"):
+        logprobs = batch.proximal_logprobs.clone().requires_grad_()
+        loss, _ = PPO(objective=objective).surrogate(logprobs, batch)
+        found.append(torch.autograd.grad(loss.sum(), logprobs)[0])
+    assert torch.allclose(*found)
+
+
 def test_importance_weights_by_token_and_by_sequence() -> None:
     """Of a rollout of two tokens and one of one: each token's own ratio, or the product over its rollout; the cap holds
     for either.
@@ -488,6 +529,18 @@ def test_a_loss_does_not_depend_on_the_order_of_rollouts(seed: int) -> None:
             GRPO(dual_clip=1.1),
             r"^algorithm\.dual_clip: must be above 1 \+ algorithm\.clip_high = 1\.2, got 1\.1; 3 is usual, 0 turns it "
             r"off$",
+        ),
+        (
+            GRPO(objective="cispo", dual_clip=3.0),
+            r"^algorithm\.dual_clip: must be left out when algorithm\.objective is cispo, got 3; it belongs to .*$",
+        ),
+        (
+            PPO(objective="cispo", ratio="sequence"),
+            r"^algorithm\.ratio: must be left out when algorithm\.objective is cispo, got sequence; it belongs to .*$",
+        ),
+        (
+            GRPO(std=False, std_over="batch"),
+            r"^algorithm\.std: must be true when algorithm\.std_over is batch, got false; .*remove std_over$",
         ),
     ],
 )

@@ -24,6 +24,13 @@ class Clipped(Algorithm):
     At r = 1 its gradient is the plain one.
     """
 
+    objective: Literal["clipped", "cispo"] = "clipped"
+    """The policy's objective: clipped or cispo.
+
+    clipped: the surrogate above; a token beyond a bound has no gradient. cispo: -sg(min(r, 1 + clip_high)) A log pi, in
+    which every token has one (MiniMax 2025); clip_low is not used.
+    """
+
     ratio: Literal["token", "sequence"] = "token"
     """The ratio that is clipped: token or sequence.
 
@@ -47,12 +54,20 @@ class Clipped(Algorithm):
 
     def surrogate(self, logprobs: Tensor, batch: ActionTokens) -> losses.Loss:
         log_ratio = logprobs - batch.proximal_logprobs
+        if self.objective == "cispo":
+            return losses.clipped_weight(log_ratio, logprobs, batch.advantages, high=self.clip_high)
         if self.ratio == "sequence":
             log_ratio = losses.sequence_log_ratio(log_ratio, batch.row, batch.rows)
         return losses.clipped(log_ratio, batch.advantages, low=self.clip_low, high=self.clip_high, dual=self.dual_clip)
 
     def rules(self) -> None:
         super().rules()
+        if self.objective == "cispo" and (self.ratio != "token" or self.dual_clip):
+            field, value = ("ratio", self.ratio) if self.ratio != "token" else ("dual_clip", f"{self.dual_clip:g}")
+            raise ValueError(
+                f"algorithm.{field}: must be left out when algorithm.objective is cispo, got {value}; it belongs to "
+                "the clipped surrogate"
+            )
         if self.dual_clip and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(
                 f"algorithm.dual_clip: must be above 1 + algorithm.clip_high = {1 + self.clip_high:g}, got "

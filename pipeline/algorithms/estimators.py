@@ -136,6 +136,12 @@ def group_moments(returns: Tensor, groups: Tensor, counted: Tensor) -> tuple[Ten
     return mean, (_group_sum((returns - mean) ** 2, groups, counted) / (count - 1).clamp(min=1)).sqrt()
 
 
+def deviation(returns: Tensor, counted: Tensor) -> Tensor:
+    """Unbiased standard deviation of all counted returns, a scalar in float64; 0 for fewer than two."""
+    real = returns.double()[counted]
+    return real.std() if len(real) > 1 else real.new_zeros(())
+
+
 def _group_sum(values: Tensor, groups: Tensor, counted: Tensor) -> Tensor:
     """Sum of the counted entries of each rollout's own group, (B,) float64."""
     values = values.double()

@@ -3,6 +3,7 @@
 Shao et al. 2024, "DeepSeekMath"; without std Liu et al. 2025, "Understanding R1-Zero-Like Training" (Dr. GRPO).
 
     A_i = (R_i - mean_group R) / (std_group R + 1e-6)        std = true
+    A_i = (R_i - mean_group R) / (std_step R + 1e-6)         std = true, std_over = "batch"
     A_i =  R_i - mean_group R                                std = false
 
 with the clipped surrogate and beta k3 in the loss. Where camps differ: the paper averages over each rollout first
@@ -18,7 +19,7 @@ from typing import Literal
 
 from pipeline.algorithms.base import Advantages, Trajectories
 from pipeline.algorithms.clipping import Clipped
-from pipeline.algorithms.estimators import group_moments, over_tokens, rollout_returns
+from pipeline.algorithms.estimators import deviation, group_moments, over_tokens, rollout_returns
 from pipeline.algorithms.losses import KLEstimator
 
 EPSILON = 1e-6
@@ -31,7 +32,14 @@ class GRPO(Clipped):
     """Group relative policy optimisation."""
 
     std: bool = True
-    """Divide by the group's standard deviation; false is Dr. GRPO."""
+    """Divide by the standard deviation; false is Dr. GRPO."""
+
+    std_over: Literal["group", "batch"] = "group"
+    """The returns whose standard deviation it is: group or batch.
+
+    group: those of the prompt. batch: all of the step, so that a group of nearly equal returns is not scaled up (Liu et
+    al. 2025, "Tricks or Traps?").
+    """
 
     kl_in: Literal["reward", "loss"] = "loss"
     """Place of the KL penalty: loss or reward.
@@ -57,8 +65,18 @@ class GRPO(Clipped):
     def min_group_size(self) -> int:
         return 2
 
+    def rules(self) -> None:
+        super().rules()
+        if self.std_over == "batch" and not self.std:
+            raise ValueError(
+                "algorithm.std: must be true when algorithm.std_over is batch, got false; it says which deviation "
+                "divides, so set it, or remove std_over"
+            )
+
     def advantages(self, batch: Trajectories) -> Advantages:
         returns = rollout_returns(batch.rewards, batch.mask)
         mean, std = group_moments(returns, batch.groups, batch.mask.any(dim=1))
+        if self.std_over == "batch":
+            std = deviation(returns, batch.mask.any(dim=1))
         advantages = (returns - mean) / (std + EPSILON) if self.std else returns - mean
         return Advantages(advantages=over_tokens(advantages, batch.mask), returns=over_tokens(returns, batch.mask))

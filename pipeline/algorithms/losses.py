@@ -66,6 +66,24 @@ def clipped(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float, d
     return bound.where(above, loss), statistics | {"dual_clip_fraction": above.float()}
 
 
+def clipped_weight(log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, *, high: float) -> Loss:
+    """-sg(min(r, 1 + high)) A log pi, r = exp(log_ratio), (N,); sg: without gradient.
+
+    MiniMax 2025 (MiniMax-M1), eq. 4, CISPO, without its lower bound, which they leave open. The ratio is a weight: it
+    is cut off, and no token loses its gradient. Statistics: shares of tokens whose weight is cut off, and of tokens
+    whose log-ratio is out of bounds.
+    """
+    ratio = bounded(log_ratio.detach()).exp()
+    weight = ratio.clamp(max=1 + high)
+    cut = (ratio > 1 + high).float()
+    statistics = {
+        "clip_fraction": cut,
+        "clip_fraction_high": cut,
+        "ratio_bounded_fraction": out_of_bounds(log_ratio).float(),
+    }
+    return weight * plain(logprobs, advantages), statistics
+
+
 def rollout_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     """Mean over each rollout's action tokens, (B,); 0 for a rollout without any."""
     counts = row.bincount(minlength=rows).clamp(min=1)

@@ -35,7 +35,8 @@ _EVALUATE = "evaluate"  # of a recipe or of a run
 class Command:
     """A parsed and checked command line.
 
-    recipe: of a new run. run_dir: the folder of the new run, or of the run that the command is about.
+    recipe: of a new run. run_dir: the folder of the new run, or of the run that the command is about. push:
+    repository of the Hugging Face hub that the policy goes to when all is done, `owner/name`; "" for none.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Command:
     allowed: tuple[str, ...] = ()
     step: int = 0
     comparison: Comparison | None = None
+    push: str = ""
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -56,7 +58,7 @@ def parse(arguments: Sequence[str]) -> Command:
         return _parse_run(name, rest)
     if name == _EVALUATE:
         return _parse_evaluate(rest)
-    known = ", ".join((*_OF_RECIPE, "submit", *_OF_RUN))
+    known = ", ".join((*_OF_RECIPE, "init", "submit", "push", *_OF_RUN))
     raise ValueError(f"command: must be {known} or {_EVALUATE}, got {name!r}; see raylign --help")
 
 
@@ -71,10 +73,13 @@ def _parse_recipe(name: str, rest: list[str]) -> Command:
     program = "raylign quickstart" if name == "quickstart" else f"raylign {name} {recipe}"
     parser = settings_parser(program, "[--run-dir DIR] [--section.field value ...]")
     parser.add_argument("--run-dir", type=_path)
+    if UNTIL.get(name) == "evaluate":
+        parser.add_argument("--push", default="")
     known, overrides = parser.parse_known_args(rest)
     path = recipe_path(recipe)
     config = configuration(path, known.algorithm, overrides, program)
-    return Command(name=name, recipe=path.stem, run_dir=known.run_dir, config=config)
+    push = getattr(known, "push", "")
+    return Command(name=name, recipe=path.stem, run_dir=known.run_dir, config=config, push=push)
 
 
 def _parse_run(name: str, rest: list[str]) -> Command:
@@ -92,9 +97,11 @@ def _parse_run(name: str, rest: list[str]) -> Command:
     if name == "resume":
         parser = settings_parser(program, "[--allow-change KEY ...] [--section.field value ...]")
         parser.add_argument("--allow-change", nargs="+", action="extend", default=[])
+        parser.add_argument("--push", default="")
         known, overrides = parser.parse_known_args(rest)
         config = configuration(recipe, known.algorithm, overrides, program)
-        return Command(name=name, run_dir=run_dir, config=config, allowed=tuple(known.allow_change))
+        allowed = tuple(known.allow_change)
+        return Command(name=name, run_dir=run_dir, config=config, allowed=allowed, push=known.push)
     parser = settings_parser(program, "--step N" if name == "replay" else "")
     if name == "replay":
         parser.add_argument("--step", type=int, required=True)
@@ -112,6 +119,7 @@ def _parse_stored(url: str, rest: list[str]) -> Command:
     parser = settings_parser(program, "--run-dir NEW [--allow-change KEY ...] [--section.field value ...]")
     parser.add_argument("--run-dir", type=_path)
     parser.add_argument("--allow-change", nargs="+", action="extend", default=[])
+    parser.add_argument("--push", default="")
     known, overrides = parser.parse_known_args(rest)
     run_dir = known.run_dir
     if run_dir is None or (run_dir.exists() and (not run_dir.is_dir() or (run_dir / "history.json").exists())):
@@ -121,7 +129,8 @@ def _parse_stored(url: str, rest: list[str]) -> Command:
         )
     with recipe_of(url) as recipe:
         config = configuration(recipe, known.algorithm, ["--cluster.storage", url, *overrides], program)
-    return Command(name="resume", run_dir=run_dir, config=config, allowed=tuple(known.allow_change))
+    allowed = tuple(known.allow_change)
+    return Command(name="resume", run_dir=run_dir, config=config, allowed=allowed, push=known.push)
 
 
 def _parse_evaluate(rest: list[str]) -> Command:

@@ -11,6 +11,7 @@ raylign: reinforcement learning from human feedback for causal language models, 
   raylign quickstart                 the whole chain in a small world: fine-tune, reward model, PPO, evaluation
   raylign run RECIPE                 every stage of a recipe: a TOML file, or one of those below
   raylign sft|reward|train RECIPE    its stages up to fine-tuning, the reward model, or reinforcement learning
+  raylign init DIR                   a commented recipe, a reward function and a task to start from, into a new folder
   raylign plan RECIPE                what a recipe would run: processes, placement, memory, duration; starts nothing
 
   raylign submit RECIPE              a run as a job of a Ray cluster, followed to its end; again: attach, or go on
@@ -20,11 +21,13 @@ raylign: reinforcement learning from human feedback for causal language models, 
   raylign ledger RUN_DIR             the account of a run: what became of every sample
   raylign replay RUN_DIR --step N    compute a step again from its logged experience and compare with what was recorded
   raylign evaluate RUN_DIR|RECIPE    two models on held-out prompts; of a run, its policy and what it began from
+  raylign push RUN_DIR owner/name    the policy of a run, with its model card, to the Hugging Face hub; private
 
   --run-dir DIR                      where the run is written (default runs/<recipe>-<time>); in the folder of a run,
                                      only what has changed is done again
   --section.field value              override a setting; `raylign run RECIPE --help` lists them all
   --policy, --baseline DIR           with evaluate: other models; --reward-model DIR: another judge; --out DIR
+  --push owner/name                  with run, quickstart, resume: afterwards as `raylign push` does
   --allow-change KEY                 with resume: accept that this setting differs from what the run was begun with
   --help, --version                  `raylign COMMAND --help`: that command's own options
 
@@ -34,6 +37,9 @@ _RUN_OPTIONS = {
     "--run-dir DIR": "where the run is written; default runs/<recipe>-<time>. In the folder of a run, only what has "
     "changed is done again",
     "--section.field value": "override a setting of the recipe; `raylign {name} {of} --help` lists them all",
+}
+_PUSH = {
+    "--push owner/name": "upload the policy to the Hugging Face hub when all is done, as `raylign push` does; private",
 }
 _CHANGES = {
     "--run-dir NEW": "with the URL of a run's storage: an empty folder, into which the run is fetched first",
@@ -64,12 +70,13 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
     "quickstart": (
         "",
         "the whole chain in a small world: fine-tune, sample and compare, reward model, PPO, evaluation",
-        _RUN_OPTIONS,
+        _RUN_OPTIONS | _PUSH,
     ),
-    "run": ("RECIPE", "every stage of a recipe: a TOML file, or one of {recipes}", _RUN_OPTIONS),
+    "run": ("RECIPE", "every stage of a recipe: a TOML file, or one of {recipes}", _RUN_OPTIONS | _PUSH),
     "sft": ("RECIPE", "a recipe up to fine-tuning", _RUN_OPTIONS),
     "reward": ("RECIPE", "a recipe up to the reward model", _RUN_OPTIONS),
     "train": ("RECIPE", "a recipe up to reinforcement learning, without the evaluation", _RUN_OPTIONS),
+    "init": ("DIR", "a commented recipe, a reward function and a task to start from, into a new or empty folder", {}),
     "plan": (
         "RECIPE",
         "what a recipe would run: processes, placement, batch arithmetic, memory; starts nothing",
@@ -83,7 +90,7 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
     "resume": (
         "RUN_DIR|URL",
         "go on with a run that was stopped or broke off, in whichever stage, from its last commit or checkpoint",
-        _CHANGES,
+        _CHANGES | _PUSH,
     ),
     "ledger": ("RUN_DIR", "the account of a run: what became of every sample", {}),
     "replay": (
@@ -92,6 +99,12 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
         {"--step N": "which step, from 0; it must be given"},
     ),
     "evaluate": ("RUN_DIR|RECIPE", "two models on held-out prompts: reward, win rate, KL, best-of-n", _COMPARISON),
+    "push": (
+        "RUN_DIR owner/name",
+        "upload the policy of a run with its model card to the Hugging Face hub: weights, configuration, tokenizer, "
+        "README.md, nothing else. The token is read from HF_TOKEN, or is that of `hf auth login`",
+        {"--public": "a repository that is made is public; default private. One that exists stays as it is"},
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from pipeline.data.config import DataConfig, Kind
+from pipeline.data.dialects import other_names, recognise
 from pipeline.data.exchange import Exchange, Form, exchange_of, form_of, wanted, with_own_columns
 from pipeline.data.problems import DUPLICATE, NO_FAULT, Problem, RowError
 from pipeline.data.reader import Row, read
@@ -20,13 +21,18 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedSource:
-    """The rows of a source, in the order of its files. read: file -> number of rows and unreadable lines."""
+    """The rows of a source, in the order of its files.
+
+    read: file -> number of rows and unreadable lines. recognised: the names of another program's columns, in words; ""
+    for our own.
+    """
 
     kind: Kind
     form: Form
     exchanges: tuple[Exchange, ...]
     problems: tuple[Problem, ...]
     read: dict[str, int]
+    recognised: str = ""
 
 
 def load(kind: Kind, source: str, data: DataConfig) -> LoadedSource:
@@ -37,14 +43,20 @@ def load(kind: Kind, source: str, data: DataConfig) -> LoadedSource:
     columns = data.columns
     files = find(source, f"data.{kind}")
     rows = chain.from_iterable(
-        read(file, wanted(kind, columns), (columns.messages, columns.ranking, columns.margin), data.max_rows)
+        read(
+            file,
+            [*wanted(kind, columns), *other_names(kind)],
+            (columns.messages, columns.ranking, columns.margin),
+            data.max_rows,
+        )
         for file in files
     )
     found = (with_own_columns(row, columns) if isinstance(row, Row) else row for row in rows)
     first = list(islice(found, LOOK))
-    form: Form = (
-        form_of((row for row in first if isinstance(row, Row)), kind, columns) if data.format == "auto" else data.format
-    )
+    seen = [row for row in first if isinstance(row, Row)]
+    columns, recognised = recognise(seen, kind, columns, source)
+    data = data.model_copy(update={"columns": columns})
+    form: Form = form_of(seen, kind, columns) if data.format == "auto" else data.format
     counted: Counter[str] = Counter()
     exchanges: list[Exchange] = []
     problems: list[Problem] = []
@@ -55,7 +67,12 @@ def load(kind: Kind, source: str, data: DataConfig) -> LoadedSource:
         else:
             exchanges.append(result)
     loaded = LoadedSource(
-        kind=kind, form=form, exchanges=tuple(exchanges), problems=tuple(problems), read=dict(counted)
+        kind=kind,
+        form=form,
+        exchanges=tuple(exchanges),
+        problems=tuple(problems),
+        read=dict(counted),
+        recognised=recognised,
     )
     check_share(source, loaded, data.max_excluded)
     return loaded

@@ -136,9 +136,12 @@ def summary(record: dict[str, Any]) -> str:
     others = "".join(f", {count} with {kind}" for kind, count in unread.items() if count)
     doubled = sum(source["excluded"].get(DUPLICATE, {"count": 0})["count"] for source in record["sources"])
     kinds = ", ".join(f"{sides['train']} + {sides['heldout']} {kind}" for kind, sides in record["rows"].items())
+    dialects = "".join(
+        f"; {source['kind']} recognised: {source['recognised']}" for source in record["sources"] if source["recognised"]
+    )
     return (
         f"data: {rows} rows read, {faulty} faulty{others} and {doubled} repeated left out; {kinds} (training + held "
-        "out)"
+        f"out){dialects}"
     )
 
 
@@ -200,6 +203,7 @@ def _source(name: str, loaded: LoadedSource) -> dict[str, Any]:
         "kind": loaded.kind,
         "source": name,
         "form": loaded.form,
+        "recognised": loaded.recognised,
         "files": loaded.read,
         "rows": sum(loaded.read.values()),
         "kept": len(loaded.exchanges),

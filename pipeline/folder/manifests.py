@@ -39,13 +39,15 @@ class StageSpec:
     """What a stage depends on, and which files are its own.
 
     reads: sections or keys of the configuration. data: kinds of the task's data; a kind may have parts, such as "model
-    weights". made: files for later stages and for the user. workings: its other files in the run folder.
+    weights". made: files for later stages and for the user. workings: its other files in the run folder. notes: files
+    in what is made that only people read; they may be written again later, so no manifest holds their checksums.
     """
 
     reads: tuple[str, ...]
     data: tuple[str, ...]
     made: tuple[str, ...]
     workings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     remakes: bool = False
     """Whether the stage can restore lost or damaged files from its workings."""
 
@@ -84,6 +86,7 @@ SPECS: dict[StageName, StageSpec] = {
         ),
         data=("model", "reward model", "partner model", "prompts"),
         made=("policy",),
+        notes=("policy/README.md",),
         workings=("start-with-options", "metrics.jsonl", "tensorboard", "experience", "checkpoints"),
         remakes=True,
     ),
@@ -277,7 +280,7 @@ class Chain:
             found = (
                 sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
             )
-            names += [str(p.relative_to(self.folder)) for p in found]
+            names += [name for p in found if (name := str(p.relative_to(self.folder))) not in SPECS[stage].notes]
         return names
 
     def _move_aside(self, stage: StageName) -> None:

@@ -47,7 +47,9 @@ from pipeline.preparation.sampled_comparisons import (
     read_comparisons,
 )
 from pipeline.preparation.site import TrainingSite
+from pipeline.report.card import write_card
 from pipeline.report.markdown import write
+from pipeline.run.card import card_facts
 from pipeline.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -130,6 +132,8 @@ def carry_out(stage: StageName, run: Run, session: Session) -> None:
         started = time.monotonic()
         result = _with_lost_data(stage, run, session)
         done = run.chain.finish(stage, result, time.monotonic() - started)
+        if stage in ("rl", "evaluate"):
+            write_card(card_facts(run.config, run.task.reward), run.evaluation, run.run_dir / "policy")
         run.folder.copy()
         log.info("stage %s is done in %.1f s: %s", stage, time.monotonic() - started, json.dumps(result))
     run.results[stage] = done.result
