@@ -23,7 +23,8 @@ help:
 	@echo "make check        the quick part of it (about 2 minutes)"
 	@echo "make chaos        runs whose processes are killed at random moments (about 25 minutes)"
 	@echo "make chaos-cluster  one run on nodes that die, drain and join, and whose processes die and stop"
-	@echo "make bench        timings against transformers' generate; which algorithm learns how fast: tests/benchmarks/learning.py"
+	@echo "make bench        speed against transformers' generate; what working ahead gains (about 8 minutes)"
+	@echo "                  which algorithm learns how fast, and what old samples cost: tests/benchmarks/{learning,staleness}.py"
 	@echo "make install      only make .venv"
 
 install: $(STAMP)
@@ -66,6 +67,7 @@ chaos-cluster: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/generation.py $(ARGS)
+	$(BIN)/python tests/benchmarks/overlap.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -194,6 +194,10 @@ def test_memory_of_each_role_at_gpt2_size() -> None:
     assert f"a commit every 10 steps, at most {124.44e6 * 12 * 2 / 1e6:,.0f} MB; 2 are kept" in shown(found), (
         "weights and two moments, of policy and critic"
     )
+    ahead = found.model_copy(update={"max_staleness": 3})
+    assert f"at most {124.44e6 * (12 * 2 + 3 * 2) / 1e6:,.0f} MB" in shown(ahead), "and three older versions"
+    assert "sampled by weights 3 version(s) before those that it trains" in shown(ahead)
+    assert "sampled by weights" not in shown(found)
 
 
 def test_a_partner_is_held_beside_the_policy_by_each_rollout_worker(tiny_model: Path) -> None:

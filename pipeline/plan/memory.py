@@ -80,8 +80,9 @@ def _engine_numbers(shape: Shape, slots: int, tokens: int) -> int:
 
 
 def commit_bytes(config: RunConfig, parameters: int) -> float:
-    """Weights and two moments in float32 of each learner; of heads alone it is less."""
-    return 12.0 * parameters * (2 if config.algorithm.needs_critic else 1)
+    """Weights and two moments in float32 of each learner, less of heads alone; and the older weights in flight."""
+    older = config.max_staleness * _BYTES[settled(config.rollout.dtype)] if config.repeats else 0
+    return parameters * (12.0 * (2 if config.algorithm.needs_critic else 1) + older)
 
 
 def learner_bytes(learner: LearnerConfig, parameters: int) -> float:

@@ -243,8 +243,11 @@ def _arithmetic(config: RunConfig) -> str:
     a_rank = -(-batch.samples // batch.minibatches // config.policy.ranks)
     passes = f"{batch.epochs} epoch(s) x {batch.minibatches} minibatch(es) = {updates} updates"
     samples = f"{batch.samples} {'conversations' if talk.name else 'rollouts'} of at most {tokens}"
+    most = "" if config.repeats else "at most "
+    by = f"\n        sampled by weights {most}{config.max_staleness} version(s) before those that it trains"
+    behind = by if config.max_staleness else ""
     return f"""\
 a step: {batch.prompts} prompts x {batch.group_size} = {samples},
         generated in {-(-batch.samples // chunk)} chunk(s) of at most {chunk}; {passes},
-        each on about {rollouts} rollouts, {a_rank} a rank
+        each on about {rollouts} rollouts, {a_rank} a rank{behind}
 a run:  {config.steps} steps = {config.steps * batch.samples:,} rollouts = {config.steps * updates:,} updates"""
