@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,21 @@ def test_a_changed_setting_does_its_stage_again_and_all_that_come_of_it(
     config = whole()
     changed = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
     assert done(tmp_path, changed, content="as made later") == again
+
+
+def test_a_setting_that_a_stage_did_not_know_had_its_default(tmp_path: Path) -> None:
+    """A manifest of an older release lacks a setting of the algorithm, whose value here is not the default, and another
+    whose value is: the stage is done again for the first alone.
+    """
+    done(tmp_path)
+    path = tmp_path / "stages" / "rl.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["depends"].pop("algorithm.mask_low") == 0.0
+    path.write_text(json.dumps(manifest))
+    assert Chain(whole(), tmp_path, DATA).changed("rl") == ""
+    assert manifest["depends"].pop("algorithm.decoupled") is True
+    path.write_text(json.dumps(manifest))
+    assert Chain(whole(), tmp_path, DATA).changed("rl") == "algorithm.decoupled: False -> True"
 
 
 def test_what_is_at_another_path_and_the_same_does_nothing_again(tmp_path: Path) -> None:

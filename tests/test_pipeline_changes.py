@@ -39,6 +39,17 @@ def test_the_same_settings_pass() -> None:
     assert check_changes(BEFORE, config(), ()) == []
 
 
+def test_a_setting_that_the_run_did_not_know_had_its_default() -> None:
+    """A run of an older release, before there were a setting, a setting of a section, and a whole section."""
+    before = {key: value for key, value in BEFORE.items() if key not in ("max_staleness", "shaping")}
+    before["algorithm"] = {key: value for key, value in before["algorithm"].items() if key != "mask_low"}
+    assert check_changes(before, config(), ()) == []
+    with pytest.raises(ValueError, match="max_staleness: 0 -> 2   not in a run that has begun"):
+        check_changes(before, config().model_copy(update={"max_staleness": 2}), ())
+    with pytest.raises(ValueError, match=r"shaping\.clip: 0\.0 -> 5\.0   not in a run"):
+        check_changes(before, changed(shaping={"clip": 5.0}), ())
+
+
 def test_every_difference_is_shown_with_what_may_be_done() -> None:
     run = changed(policy={"learning_rate": 0.5, "ranks": 2, "pack_tokens": 64}, rollout={"workers": 5})
     with pytest.raises(ValueError, match="differ") as caught:

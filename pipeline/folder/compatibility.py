@@ -11,6 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
+from cluster.config import Config
 from pipeline.config.run_config import RunConfig
 
 
@@ -141,6 +144,21 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str
     return found
 
 
+def completed(before: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Recorded settings, and the defaults of those that the release which recorded them did not have.
+
+    A new setting's default is what was done before there was the setting, so that older runs can be gone on with.
+    """
+    found = dict(before)
+    for name, field in type(config).model_fields.items():
+        own, known = getattr(config, name), before.get(name, {})
+        if isinstance(own, Config) and isinstance(known, Mapping):
+            found[name] = completed(known, own)
+        elif name not in before and not field.is_required():
+            found[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+    return found
+
+
 def paths_changed(before: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     """Setting -> former path, of each data file and model that has another path now."""
     changed = differences(before, config.model_dump(mode="json"))
@@ -175,7 +193,7 @@ def check_changes(
 
     Raises ValueError with all differences when one is neither free nor allowed.
     """
-    changed = differences(before, config.model_dump(mode="json"))
+    changed = differences(completed(before, config), config.model_dump(mode="json"))
     if not all(key in same or _may_change(key, allowed) for key in changed):
         lines = [
             f"  {key}: {old!r} -> {new!r}   {_SAME if key in same else _verdict(key, allowed)}"

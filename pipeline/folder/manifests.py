@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 from cluster.config import Config
 from cluster.storage import Folder, StoredFile
 from pipeline.config.run_config import RunConfig
-from pipeline.folder.compatibility import differences, is_same_result, owner_of
+from pipeline.folder.compatibility import completed, differences, is_same_result, owner_of
 
 StageName = Literal["sft", "reward", "rl", "evaluate"]
 ORDER: tuple[StageName, ...] = get_args(StageName)
@@ -189,7 +189,9 @@ class Chain:
         manifest = self.manifest(stage)
         if manifest is None:
             return ""
-        changed = differences(manifest.depends, self.depends(stage))
+        now, defaults = self.depends(stage), _flat(completed({}, self.config))
+        unknown = {key: defaults[key] for key in now if key in defaults and key not in manifest.depends}
+        changed = differences(unknown | manifest.depends, now)
         return "; ".join(
             f"{key}: {_short(old)} -> {_short(new)}"
             for key, (old, new) in changed.items()
