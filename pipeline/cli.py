@@ -115,6 +115,11 @@ def _carry_out(command: Command, console: Console, stop: StopRequest) -> int:
             from pipeline.run.replay import replay
 
             return 0 if replay(command.config, _given(command), command.step, console) else 1
+        case "chat":
+            with postponed():
+                from pipeline.chat.terminal import chat_with
+            assert command.chat is not None
+            chat_with(command.config, _given(command), command.chat, console)
         case "evaluate":
             with postponed():
                 from pipeline.run.compare import compare

@@ -50,6 +50,7 @@ for line in sys.stdin:
     if not child:
         os.chdir(row["cwd"])
         os.environ.update(row["environment"])
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a command that reads must not wait for the next command
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(row["told"] + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv = ["raylign", *row["arguments"]]

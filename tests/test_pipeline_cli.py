@@ -51,8 +51,8 @@ def test_no_command_is_a_mistake_that_gets_the_help(tmp_path: Path) -> None:
     [
         (
             ["fly"],
-            "command: must be quickstart, run, sft, reward, train, plan, init, submit, push, resume, ledger, replay or "
-            "evaluate, got 'fly'; see raylign --help",
+            "command: must be quickstart, run, sft, reward, train, plan, init, submit, push, resume, ledger, replay, "
+            "chat or evaluate, got 'fly'; see raylign --help",
         ),
         (["train"], f"recipe: `raylign train` needs one, a TOML file or one of {RECIPES}"),
         (["plan", "--steps", "3"], f"recipe: `raylign plan` needs one, a TOML file or one of {RECIPES}"),

@@ -15,6 +15,7 @@ from pipeline.arguments.overrides import configuration
 from pipeline.arguments.usage import bundled
 
 if TYPE_CHECKING:
+    from pipeline.chat.options import ChatOptions
     from pipeline.config.run_config import RunConfig
     from pipeline.folder.manifests import StageName
     from pipeline.plan.comparison import Comparison
@@ -27,7 +28,7 @@ UNTIL: dict[str, StageName] = {
     "train": "rl",
 }
 _OF_RECIPE = (*UNTIL, "plan")
-_OF_RUN = ("resume", "ledger", "replay")
+_OF_RUN = ("resume", "ledger", "replay", "chat")
 _EVALUATE = "evaluate"  # of a recipe or of a run
 
 
@@ -47,6 +48,7 @@ class Command:
     step: int = 0
     comparison: Comparison | None = None
     push: str = ""
+    chat: ChatOptions | None = None
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -102,11 +104,27 @@ def _parse_run(name: str, rest: list[str]) -> Command:
         config = configuration(recipe, known.algorithm, overrides, program)
         allowed = tuple(known.allow_change)
         return Command(name=name, run_dir=run_dir, config=config, allowed=allowed, push=known.push)
+    if name == "chat":
+        chat = _chat_options(program, rest)
+        return Command(name=name, run_dir=run_dir, config=configuration(recipe, "", [], program), chat=chat)
     parser = settings_parser(program, "--step N" if name == "replay" else "")
     if name == "replay":
         parser.add_argument("--step", type=int, required=True)
     step = getattr(parser.parse_args(rest), "step", 0)
     return Command(name=name, run_dir=run_dir, config=configuration(recipe, "", [], program), step=step)
+
+
+def _chat_options(program: str, rest: list[str]) -> ChatOptions:
+    """Raises ValueError for a value that is out of its range."""
+    from pipeline.chat.options import ChatOptions
+
+    parser = settings_parser(program, "[--temperature X] [--max-tokens N] [--seed N] [--web] [--port N]")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--web", action="store_true")
+    parser.add_argument("--port", type=int, default=0)
+    return ChatOptions(**vars(parser.parse_args(rest)))
 
 
 def _parse_stored(url: str, rest: list[str]) -> Command:

@@ -20,6 +20,7 @@ raylign: reinforcement learning from human feedback for causal language models, 
   raylign resume URL --run-dir NEW   the same elsewhere, with a run that was copied to cluster.storage
   raylign ledger RUN_DIR             the account of a run: what became of every sample
   raylign replay RUN_DIR --step N    compute a step again from its logged experience and compare with what was recorded
+  raylign chat RUN_DIR               talk with a run's baseline and policy, side by side; --web: a local page
   raylign evaluate RUN_DIR|RECIPE    two models on held-out prompts; of a run, its policy and what it began from
   raylign push RUN_DIR owner/name    the policy of a run, with its model card, to the Hugging Face hub; private
 
@@ -97,6 +98,17 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
         "RUN_DIR",
         "compute a step's advantages and losses again, offline, and compare with what was recorded",
         {"--step N": "which step, from 0; it must be given"},
+    ),
+    "chat": (
+        "RUN_DIR",
+        "the baseline's and the policy's answers side by side as they are sampled, with their rewards",
+        {
+            "--temperature X": "of sampling; 0 takes the likeliest token; default the recipe's",
+            "--max-tokens N": "longest reply; default the recipe's sampling.max_new_tokens",
+            "--seed N": "of all chance; default 0",
+            "--web": "a page on this machine instead of the terminal; its address is printed",
+            "--port N": "of the page; default any free one",
+        },
     ),
     "evaluate": ("RUN_DIR|RECIPE", "two models on held-out prompts: reward, win rate, KL, best-of-n", _COMPARISON),
     "push": (
