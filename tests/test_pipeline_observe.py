@@ -256,6 +256,10 @@ def test_the_account_of_a_run_names_reasons_and_starts(tmp_path: Path) -> None:
     assert "quarantined samples: 7, 9, 12" in said
     assert "steps 5 to 6 are done but not committed: they would be done again" in said
     assert "epoch 1: from step 0" in said
+    assert "of steps after the last one" not in said
+    out, printed = console(False)
+    show_account(folder.path, run.model_copy(update={"steps": 2}), out)
+    assert "4 are of steps after the last one, and are generated if the run is made longer" in printed.getvalue()
 
 
 def test_a_kl_that_is_measured_every_few_steps_stays_in_view() -> None:

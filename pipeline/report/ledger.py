@@ -48,6 +48,8 @@ def show_account(run_dir: Path, config: LoopConfig, console: Console) -> None:
     balance = f"{account.trained:,} + {account.filtered:,} + {account.quarantined:,} + {account.in_flight:,}"
     lines = [f"issued {account.issued:,} = {balance}: {'balances' if account.balances else 'DOES NOT BALANCE'}"]
     lines.append(f"every sample below {ledger.watermark:,} has ended")
+    if waiting := sum(chunk.samples for chunk in ledger.open.values() if chunk.step >= config.steps):
+        lines.append(f"{waiting:,} are of steps after the last one, and are generated if the run is made longer")
     lines += [*_filtered(state.ledger.filtered), *_reasons(state.ledger.quarantined)]
     done = len(read_metrics(run_dir))
     if done > state.step:
