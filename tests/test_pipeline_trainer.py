@@ -501,6 +501,7 @@ def test_a_worker_that_is_lost_too_often_ends_the_training(ray_session: Session,
         seen.append(running())
         kill("sft[0]")
 
+    before = running()  # Ray Data's own, of an earlier test on this Ray, stay for ever
     config = recipe().model_copy(update={"cluster": ClusterConfig(cpus_per_bundle=1, max_rebuilds=0)})
     with when(tmp_path / "sft", 1, end), pytest.raises(RunError) as caught:
         tuned(tmp_path, config)
@@ -514,7 +515,7 @@ def test_a_worker_that_is_lost_too_often_ends_the_training(ray_session: Session,
         "AutoscalingCoordinator",
         "PreemptionWatcher",
     ):
-        assert name not in seen[0], "see small_trainer.py"
+        assert name in before or name not in seen[0], "see small_trainer.py"
 
 
 @pytest.mark.slow
