@@ -173,6 +173,8 @@ class Simulated:
     def run(self, next_call: Callable[[list[tuple[Pool, Call]]], Any], first: int, last: int) -> None:
         """Steps first to last - 1. next_call: answers or loses one of the open calls; False: lets the driver go on."""
         for step in range(first, last):
+            if isinstance(next_call, Adversary) and next_call.random.random() < 0.3:
+                self.collector.renew()  # a node that may hold samples is about to leave
             self.collector.keep_generating(step, self.versions)
             while not self.buffer.is_ready(step):
                 assert self._open, f"step {step} waits for nothing"
@@ -346,6 +348,29 @@ def test_a_run_that_is_extended_is_the_longer_run(staleness: int) -> None:
     rest.begin(half.ledger.state(), half.versions)
     rest.run(in_order, STEPS // 2, STEPS)
     assert rest.taken == quiet(staleness).taken
+
+
+def test_samples_that_are_made_again_leave_late_answers_and_losses_of_the_first_attempt_without_effect() -> None:
+    """A node is about to leave: what waits is made again. Then the call that was scoring it tells that its input is
+    lost, at once, and once more when the step is over.
+    """
+    run = Simulated(config_of(1))
+    run.begin(LedgerState(), Versions(published(0)))
+    run.collector.keep_generating(0, run.versions)
+    for call in list(run.rollout.calls):
+        run.rollout.answer(call)
+    late = list(run.reward.calls)
+    run.collector.renew()
+    assert run.ledger.check().reissued == 24, "every sample that had been generated"
+    run.reward.lose_input(late[0])
+    assert run.ledger.check().reissued == 24, "it is made again already"
+    run.reward.calls = [call for call in run.reward.calls if call not in late]
+    run.run(in_order, 0, STEPS)
+    assert run.taken == quiet(1).taken
+    for call in late[1:]:
+        assert call.work.on_input_lost is not None
+        call.work.on_input_lost()
+    assert run.taken == quiet(1).taken and run.ledger.check().balances
 
 
 def test_without_staleness_nothing_is_ahead() -> None:

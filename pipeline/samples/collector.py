@@ -13,6 +13,7 @@ the step is the next to be trained, and neither at any other time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,7 @@ class Collector:
         self.collected = CollectionCounts()
         self.say = say
         self._deadly = DeadlySamples()
+        self._lost: Counter[int] = Counter()  # chunk -> how often its rollouts were lost with their node
 
     def keep_generating(self, step: int, versions: Versions) -> None:
         """Issue the samples of the steps that the newest weights sample; call it before each step.
@@ -159,7 +161,7 @@ class Collector:
             self._score(chunk)
 
         # lost weights can only be made by going back to a commit
-        again = {} if begun is None else {"on_input_lost": lambda: self._again(chunk.number)}
+        again = {} if begun is None else {"on_input_lost": lambda: self._again(chunk.number, base)}
         retried = {"on_retry": lambda: self.ledger.retried(chunk.number)}
         self._submit(self.rollout, GENERATING, chunk, send, done, **retried, **again)
 
@@ -185,7 +187,7 @@ class Collector:
             if chunk.step == self.step:
                 self._refill()
 
-        self._submit(self.reward, SCORING, chunk, send, done, on_input_lost=lambda: self._again(chunk.number))
+        self._submit(self.reward, SCORING, chunk, send, done, on_input_lost=lambda: self._again(chunk.number, base))
 
     def refer(self, reference: Pool, number: int, found: dict[int, ObjectRef]) -> None:
         """Begin the reference's log-probs of a scored chunk; they are put into `found` under the chunk's number.
@@ -268,17 +270,19 @@ class Collector:
     def _say_quarantined(self, sample: int, why: str) -> None:
         self.say("quarantined", f"sample {sample} is quarantined, not trained on: {why} (all: raylign ledger)")
 
-    def _again(self, number: int) -> None:
+    def _again(self, number: int, attempt: int) -> None:
         """Generate the chunk's samples again, since its rollouts were lost with their node.
 
         Raises RunError when they have been lost `cluster.max_attempts` times.
         """
-        attempts = self.ledger.open[number].attempt + 1
-        if attempts >= self.config.cluster.max_attempts:
+        if not self.ledger.fence(number, attempt):
+            return  # they are made again already
+        self._lost[number] += 1  # not the attempts: those made again since a node would leave are no losses
+        if self._lost[number] >= self.config.cluster.max_attempts:
             raise RunError(
                 "reward",
                 f"scoring chunk {number}",
-                f"its rollouts were lost {attempts} times (cluster.max_attempts)",
+                f"its rollouts were lost {self._lost[number]} times (cluster.max_attempts)",
                 fault=Fault.INPUT_LOST,
             )
         self.buffer.forget(number)
